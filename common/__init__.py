@@ -1,0 +1,1 @@
+"""What both stages share: images, latents, noise scalings, evaluation, checkpoints and the run folder."""

@@ -1,0 +1,99 @@
+"""Building blocks of both stages: group normalisation at any width, the residual block, self-attention.
+
+The residual block is the one of ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, appendix A), without its resampling.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def group_norm(channels: int, max_groups: int = 32) -> nn.GroupNorm:
+    """GroupNorm with the most groups, up to ``max_groups``, that divide ``channels`` and hold at least 4 channels each.
+
+    With 128 channels and more this is the field's GroupNorm(32); narrower layers, where 32 groups would leave one or two
+    channels to a group or not divide, get fewer.
+    """
+    groups = max(1, min(max_groups, channels // 4))
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def zero_init(module: M) -> M:
+    """Set every parameter of ``module`` to zero, so that the branch it ends starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class ResBlock(nn.Module):
+    """GN, SiLU, 3x3, GN, SiLU, dropout, 3x3, plus the input (through a 1x1 where the widths differ).
+
+    With ``embedding_channels`` the second normalisation is scaled and shifted by a linear map of a conditioning vector
+    (ADM's adaptive group normalisation).
+
+    Shapes: ``x [B, in_channels, H, W]``, ``embedding [B, embedding_channels]`` -> ``[B, out_channels, H, W]``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        dropout: float = 0.0,
+        embedding_channels: int | None = None,
+        zero_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = zero_init(conv2) if zero_last else conv2
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.modulation = None if embedding_channels is None else nn.Linear(embedding_channels, 2 * out_channels)
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """Return the block's output; ``embedding`` is required exactly where the block was built for one."""
+        assert (embedding is None) == (self.modulation is None), "an embedding goes with embedding_channels"
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.norm2(h)
+        if self.modulation is not None:
+            scale, shift = self.modulation(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
+            h = h * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.skip(x) + h
+
+
+class SelfAttention(nn.Module):
+    """Residual self-attention over all sites of a feature map, by scaled dot-product attention.
+
+    ``head_channels=None`` is one head over all channels, as in the Stable Diffusion autoencoder.
+    Shape: ``[B, channels, H, W]`` in and out.
+    """
+
+    def __init__(self, channels: int, *, head_channels: int | None = None, zero_last: bool = False) -> None:
+        super().__init__()
+        head_channels = head_channels or channels
+        if channels % head_channels:
+            raise ValueError(f"{channels} channels do not divide into heads of {head_channels}")
+        self.heads = channels // head_channels
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        out = nn.Conv2d(channels, channels, 1)
+        self.out = zero_init(out) if zero_last else out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` plus what attention adds to it."""
+        height, width = x.shape[-2:]
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (n heads c) h w -> n b heads (h w) c", n=3, heads=self.heads)
+        attended = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H*W, c]
+        return x + self.out(rearrange(attended, "b heads (h w) c -> b (heads c) h w", h=height, w=width))

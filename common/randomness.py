@@ -1,0 +1,28 @@
+"""Randomness as a function of a key, so that a resume, a batch size or a number of processes cannot change it.
+
+Training noise is keyed on (seed, rank, step, stream); a sampled image on its own seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def generator(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
+    """Return a fresh generator whose state depends on every part of ``key`` and nothing else."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    result = torch.Generator(device=device)
+    result.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return result
+
+
+def image_noise(seeds: Sequence[int], shape: Sequence[int], stream: int | str = 0) -> Tensor:
+    """Return standard normal noise ``[len(seeds), *shape]``, row ``i`` drawn from ``seeds[i]`` and ``stream`` alone.
+
+    Drawn on the CPU, whose generator is the same on every machine.
+    """
+    return torch.stack([torch.randn(tuple(shape), generator=generator("image", seed, stream)) for seed in seeds])

@@ -1,0 +1,1 @@
+"""Commands: each module composes the two stages into one thing a user can run."""

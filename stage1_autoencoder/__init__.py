@@ -1,0 +1,1 @@
+"""Stage one: autoencoders, their bottlenecks, losses and training."""

@@ -1,0 +1,1 @@
+"""Stage two: the diffusion model trained on cached latents, and its samplers."""
