@@ -16,7 +16,7 @@ class UsageError(WavelatentError):
     exit_code = 2
 
 
-class Stopped(WavelatentError):
+class Stopped(WavelatentError):  # noqa: N818 - not an error: everything is saved
     """Stopped early with everything saved: the same command goes on from there."""
 
     exit_code = 75

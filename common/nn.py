@@ -17,8 +17,8 @@ M = TypeVar("M", bound=nn.Module)
 def group_norm(channels: int, max_groups: int = 32) -> nn.GroupNorm:
     """GroupNorm with the most groups, up to ``max_groups``, that divide ``channels`` and hold at least 4 channels each.
 
-    With 128 channels and more this is the field's GroupNorm(32); narrower layers, where 32 groups would leave one or two
-    channels to a group or not divide, get fewer.
+    With 128 channels and more this is the field's GroupNorm(32); narrower layers, where 32 groups would leave one or
+    two channels to a group or not divide, get fewer.
     """
     groups = max(1, min(max_groups, channels // 4))
     while channels % groups:
