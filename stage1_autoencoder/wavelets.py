@@ -1,0 +1,57 @@
+"""The two-dimensional wavelet transform that feeds the LiteVAE encoder.
+
+Coefficients of level ``l`` come as 4 bands per image channel, in the order (LL, LH, HL, HH) of PyWavelets'
+``(cA, (cH, cV, cD))``, band-major: ``[B, 4 * C, H / 2^l, W / 2^l]``. The orthonormal coefficients are divided by
+``2^l`` (LiteVAE, arXiv 2405.14477), so that for the Haar wavelet LL is the mean of a block and stays in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def haar_bands(images: Tensor) -> Tensor:
+    """One orthonormal Haar step: ``[B, C, H, W]`` -> ``[B, 4C, H/2, W/2]``, equal to PyWavelets' ``dwt2(x, "haar")``.
+
+    Sums and differences of the four phases of a 2x2 block, in any float type; a test holds it to PyWavelets.
+    """
+    height, width = images.shape[-2:]
+    if height % 2 or width % 2:
+        raise ValueError(f"the Haar transform halves both sides: {height}x{width} must be even")
+    a, b = images[..., 0::2, 0::2], images[..., 0::2, 1::2]
+    c, d = images[..., 1::2, 0::2], images[..., 1::2, 1::2]
+    top, bottom, left, right = a + b, c + d, a - b, c - d
+    return torch.cat([top + bottom, top - bottom, left + right, left - right], dim=1) / 2
+
+
+def wavelet_levels(images: Tensor, levels: int, wavelet: str = "haar") -> list[Tensor]:
+    """Return the scaled bands of levels 1 to ``levels``, finest first: level ``l`` is ``[B, 4C, H/2^l, W/2^l]``.
+
+    ``wavelet`` is any of PyWavelets' discrete families, through ptwt with periodic extension so that sizes halve
+    exactly; ``haar`` takes the direct form. Runs in float32 outside autocast and without a gradient to the images: the
+    encoder's input is data. Raises ``ValueError`` where the sides do not divide by ``2^levels``.
+    """
+    factor = 2**levels
+    if images.shape[-2] % factor or images.shape[-1] % factor:
+        height, width = images.shape[-2:]
+        raise ValueError(f"{levels} wavelet levels need sides divisible by {factor}, got {height}x{width}")
+    result: list[Tensor] = []
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        approximation = images.float()
+        for level in range(1, levels + 1):
+            bands = _bands(approximation, wavelet)
+            approximation = bands[:, : images.shape[1]]
+            result.append(bands / 2**level)
+    return result
+
+
+def _bands(images: Tensor, wavelet: str) -> Tensor:
+    if wavelet in ("haar", "db1"):
+        return haar_bands(images)
+    import ptwt
+
+    low, (horizontal, vertical, diagonal) = ptwt.wavedec2(images, wavelet, level=1, mode="periodic")
+    # On a periodic image the coefficients repeat after half its side; ptwt returns a few of the repeats as well.
+    height, width = images.shape[-2] // 2, images.shape[-1] // 2
+    return torch.cat([low, horizontal, vertical, diagonal], dim=1)[..., :height, :width]
