@@ -1,0 +1,141 @@
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wavelatent.common.errors import Stopped, UsageError, WavelatentError
+from wavelatent.common.images import iterate_batches, open_data
+from wavelatent.common.latent_cache import LatentCache
+from wavelatent.common.latents import Posterior
+from wavelatent.pipelines.encode import encode
+
+DATA = "synthetic:11"
+SIZE = 16
+
+
+class TinyAutoencoder(nn.Module):
+    """Averages blocks of 4 x 4 pixels and gives them a spread; counts the images it has seen."""
+
+    downsampling = 4
+    latent_channels = 3
+
+    def __init__(self, name: str = "tiny") -> None:
+        super().__init__()
+        self.name = name
+        self.seen = 0
+        self.explode_after = 10**9
+
+    def encode(self, images: Tensor) -> Posterior:
+        self.seen += len(images)
+        if self.seen > self.explode_after:
+            raise KeyboardInterrupt
+        mean = nn.functional.avg_pool2d(images, 4)
+        return Posterior(mean, 0.1 + mean.abs())
+
+    def fingerprint(self) -> str:
+        return self.name * 16
+
+
+@pytest.fixture
+def autoencoder(monkeypatch: pytest.MonkeyPatch) -> TinyAutoencoder:
+    model = TinyAutoencoder()
+    monkeypatch.setitem(
+        sys.modules, "wavelatent.pipelines.loading", SimpleNamespace(load_autoencoder=lambda spec: model)
+    )
+    return model
+
+
+def run(out: Path, **options: object) -> dict[str, object]:
+    return encode("ae", DATA, out, **{"batch_size": 3, "device": "cpu", "size": SIZE, "shard_size": 4, **options})  # type: ignore[arg-type]
+
+
+def test_every_image_is_encoded_once_and_the_cache_verifies(tmp_path: Path, autoencoder: TinyAutoencoder) -> None:
+    result = run(tmp_path, flips=True)
+    assert autoencoder.seen == 2 * 11
+    images = open_data(DATA, size=SIZE)
+    cache = LatentCache.open(
+        tmp_path, autoencoder_fingerprint=autoencoder.fingerprint(), data_fingerprint=images.fingerprint()
+    )
+    rows = cache.read(range(11))
+    (batch,) = iterate_batches(images, 11)
+    assert torch.allclose(rows.posterior.mean, autoencoder.encode(batch.images).mean)
+    assert rows.flip_posterior is not None
+    assert torch.allclose(rows.flip_posterior.mean, autoencoder.encode(batch.images.flip(-1)).mean)
+    assert rows.labels is not None
+    assert batch.labels is not None
+    assert torch.equal(rows.labels, batch.labels)
+    assert (result["count"], result["shape"], result["shards"]) == (11, [3, 4, 4], 3)
+    assert result["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("shard-*"))
+    json.dumps(result)
+
+
+def test_a_finished_cache_is_left_alone(tmp_path: Path, autoencoder: TinyAutoencoder) -> None:
+    assert run(tmp_path)["already_complete"] is False
+    seen = autoencoder.seen
+    assert run(tmp_path)["already_complete"] is True
+    assert autoencoder.seen == seen
+    assert run(tmp_path, overwrite=True)["already_complete"] is False
+    assert autoencoder.seen == 2 * seen
+
+
+def test_a_killed_command_encodes_only_what_is_missing(tmp_path: Path, autoencoder: TinyAutoencoder) -> None:
+    autoencoder.explode_after = 9  # in the third shard
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    autoencoder.explode_after, autoencoder.seen = 10**9, 0
+    run(tmp_path)
+    assert autoencoder.seen == 3
+    assert LatentCache.open(tmp_path).read(range(11)).index.tolist() == list(range(11))
+
+
+def test_max_minutes_stops_with_everything_saved_and_always_gets_on(
+    tmp_path: Path, autoencoder: TinyAutoencoder
+) -> None:
+    stops = 0
+    while True:
+        try:
+            run(tmp_path / "stopped", max_minutes=0)
+            break
+        except Stopped:
+            stops += 1
+    assert stops == 4  # batches of 3, 1 | 3, 1 | 3: after every one but the last
+    assert autoencoder.seen == 11
+    run(tmp_path / "straight")
+    for name in ["manifest.json", "shard-00001.safetensors"]:
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_finished_cache_of_other_inputs_or_options_is_refused_by_name(
+    tmp_path: Path, autoencoder: TinyAutoencoder
+) -> None:
+    run(tmp_path)
+    with pytest.raises(UsageError, match="flips False, not True"):
+        run(tmp_path, flips=True)
+    with pytest.raises(WavelatentError, match="another data"):
+        run(tmp_path, size=32)
+    autoencoder.name = "other"
+    with pytest.raises(WavelatentError, match="another autoencoder"):
+        run(tmp_path)
+
+
+def test_an_image_size_that_does_not_divide_is_a_usage_error(tmp_path: Path, autoencoder: TinyAutoencoder) -> None:
+    with pytest.raises(UsageError, match=r"18 px .* --size 16"):
+        run(tmp_path, size=18)
+
+
+def test_a_relative_autoencoder_folder_is_recorded_as_absolute(
+    tmp_path: Path, autoencoder: TinyAutoencoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-ae").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for spec, recorded in [
+        ("my-ae", str(tmp_path / "my-ae")),
+        ("diffusers:my-ae", f"diffusers:{tmp_path / 'my-ae'}"),
+        ("diffusers:org/name", "diffusers:org/name"),
+    ]:
+        encode(spec, DATA, Path("cache"), size=SIZE, device="cpu", overwrite=True)
+        assert LatentCache.open("cache").manifest.autoencoder.path == recorded
