@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -167,7 +167,9 @@ class CacheWriter:
         """Check every shard, compute the statistics of the whole set from them, and write the manifest."""
         plan = self.plan
         statistics = LatentStatistics(plan.shape[0])
-        shards, indices, posteriors = [], [], set()
+        shards: list[ShardRecord] = []
+        indices: list[Tensor] = []
+        posteriors: set[Literal["mean_std", "deterministic"]] = set()
         for number in range(plan.num_shards):
             if not self._intact(number):
                 raise WavelatentError(f"{self.path}: shard {number} is missing or damaged; run the same command again")

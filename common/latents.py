@@ -44,15 +44,13 @@ class Posterior:
         """
         if self.std is None:
             return self.mean
-        like = {"dtype": self.mean.dtype}
         if generator is None or isinstance(generator, torch.Generator):
             device = self.mean.device if generator is None else generator.device
-            noise = torch.randn(self.mean.shape, generator=generator, device=device, **like)
+            noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         else:
             assert len(generator) == len(self.mean), f"{len(generator)} generators for {len(self.mean)} images"
-            noise = torch.stack(
-                [torch.randn(self.mean.shape[1:], generator=g, device=g.device, **like) for g in generator]
-            )
+            shape, dtype = self.mean.shape[1:], self.mean.dtype
+            noise = torch.stack([torch.randn(shape, generator=g, device=g.device, dtype=dtype) for g in generator])
         return self.mean + self.std * noise.to(self.mean.device)
 
 
