@@ -1,0 +1,92 @@
+"""Inception V3 features, on which FID and KID are defined, and how a stream of images becomes a matrix of them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .metric_weights import inception_weights
+from .torchvision_import import ensure_torchvision
+
+FEATURES_NAME = "inception-v3-2015-12-05"
+RESIZE_NAME = "bilinear to 299x299 as in TensorFlow 1 (torch-fidelity)"
+FeatureLayer = Literal["64", "192", "768", "2048"]
+
+
+class InceptionFeatures:
+    """The 2048 pool3 features of the 2015-12-05 Inception V3, through torch-fidelity's network and resize.
+
+    Computes in float32 whatever autocast or TF32 setting is active: lower precision moves FID by percents.
+
+    Args:
+        device: where to compute.
+        layer: ``"2048"`` is the only one whose Fréchet distance is called FID; the others serve the known answers.
+
+    Raises:
+        MissingWeightsError: the weights are neither here nor within reach.
+    """
+
+    name = FEATURES_NAME
+
+    def __init__(self, device: str | torch.device = "cpu", layer: FeatureLayer = "2048") -> None:
+        weights = inception_weights()
+        self.device = torch.device(device)
+        self.dim = int(layer)
+        self.weights_sha256 = weights.sha256
+        network = _build_network(weights.tensors, layer).to(self.device)
+        if self.device.type == "cpu":
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster
+        self._network = network
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the features ``[B, dim]`` float32 on the CPU of uint8 images ``[B,3,H,W]``."""
+        with _full_float32(self.device):
+            (features,) = self._network(images.to(self.device))
+        return features.float().cpu()
+
+
+def extract_features(
+    extractor: InceptionFeatures, images: Iterable[Tensor], *, total: int | None = None, label: str = "Inception"
+) -> Tensor:
+    """Return the features ``[N, dim]`` float32 of a stream of uint8 batches ``[B,3,H,W]``; progress goes to stderr."""
+    features = [torch.empty(0, extractor.dim)]
+    with tqdm(total=total, desc=label, unit="img", leave=False) as progress:
+        for batch in images:
+            features.append(extractor(batch))
+            progress.update(len(batch))
+    return torch.cat(features)
+
+
+def _build_network(tensors: dict[str, Tensor], layer: FeatureLayer) -> torch.nn.Module:
+    ensure_torchvision()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    # The class loads strictly from a file; the classifier that our weights leave out is never reached.
+    state = io.BytesIO()
+    torch.save({**tensors, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, state)
+    state.seek(0)
+    with torch.random.fork_rng(devices=[]):  # its layers are first filled at random
+        return FeatureExtractorInceptionV3(FEATURES_NAME, [layer], feature_extractor_weights_path=state)
+
+
+@contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        with torch.autocast(device.type, enabled=False):
+            yield
+        return
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32, matmul.allow_tf32 = False, False
+        with torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
