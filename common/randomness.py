@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 
+def key_seed(*key: int | str) -> int:
+    """Return a 63-bit seed that depends on every part of ``key`` and nothing else."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def generator(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
     """Return a fresh generator whose state depends on every part of ``key`` and nothing else."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    result = torch.Generator(device=device)
-    result.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return result
+    return torch.Generator(device=device).manual_seed(key_seed(*key))
 
 
 def image_noise(seeds: Sequence[int], shape: Sequence[int], stream: int | str = 0) -> Tensor:

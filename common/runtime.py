@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 MixedPrecision = Literal["no", "bf16", "fp16"]
 
+PACKAGES = ("wavelatent", "torch", "torchvision", "accelerate", "ptwt", "lpips", "torch-fidelity", "datasets", "numpy")
+
 MAY_CHANGE = {"train.steps", "train.log_every", "train.checkpoint_every", "train.sample_every", "train.keep"}
 """Settings that a resumed run may be given anew: how long it goes on and how often it writes."""
 
@@ -96,20 +98,8 @@ def make_accelerator(options: RuntimeOptions, gradient_accumulation_steps: int =
 
 def environment() -> dict[str, Any]:
     """Return versions, git commit, hardware and command line, for ``environment.json``."""
-    packages = [
-        "wavelatent",
-        "torch",
-        "torchvision",
-        "accelerate",
-        "ptwt",
-        "lpips",
-        "torch-fidelity",
-        "datasets",
-        "pydantic",
-        "numpy",
-    ]
     versions = {}
-    for package in packages:
+    for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -227,6 +217,11 @@ class RunFolder:
         """What ``status.json`` says, or an empty dict for a new run."""
         file = self.path / "status.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def finished(self, steps: int) -> bool:
+        """Return whether the run was done with ``steps`` steps or more, and its model is there."""
+        status = self.status
+        return status.get("state") == "done" and status["step"] >= steps and (self.path / "model").is_dir()
 
     def set_status(self, state: str, step: int, of: int, eta_seconds: float | None = None, **more: Any) -> None:
         """Write ``status.json``: ``state`` is one of running, stopped, done, failed."""
