@@ -1,0 +1,204 @@
+"""The UNet denoiser on latents, after ADM (Dhariwal & Nichol 2021, arXiv 2105.05233) and LDM (Rombach et al. 2022).
+
+It is the raw network F of EDM: it sees an input scaled to unit variance and a noise label of order one, and knows
+nothing of noise levels, objectives or whitening.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ..common.config import Config
+from ..common.nn import ResBlock, SelfAttention, group_norm, zero_init
+
+
+class UNetConfig(Config):
+    """Widths, depth and attention of the UNet; the channels of its input follow from the latents."""
+
+    kind: Literal["unet"] = "unet"
+    channels: int = Field(64, gt=0)
+    """Width of the first level."""
+    multipliers: tuple[int, ...] = Field((1, 2, 3), min_length=1)
+    """Width of each level, in units of ``channels``; every further level halves height and width."""
+    num_res_blocks: int = Field(2, gt=0)
+    """Residual blocks per level on the way down; one more on the way up."""
+    attention_levels: tuple[int, ...] = (1, 2)
+    """Levels with self-attention after every block, 0 being the latents' own resolution. LDM's "attention resolutions"
+    (1, 2, 4) are the levels (0, 1, 2). The middle always has attention."""
+    head_channels: int = Field(32, gt=0)
+    """Channels per attention head."""
+    embedding_channels: int | None = Field(None, gt=0)
+    """Width of the noise and class embedding; None is 4 times ``channels``, as in ADM."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> UNetConfig:
+        levels = len(self.multipliers)
+        if any(not 0 <= level < levels for level in self.attention_levels):
+            raise ValueError(f"attention_levels {self.attention_levels} must be among 0 to {levels - 1}")
+        for level in {*self.attention_levels, levels - 1}:
+            width = self.channels * self.multipliers[level]
+            if width % self.head_channels:
+                raise ValueError(
+                    f"head_channels {self.head_channels} must divide the {width} channels of level {level}"
+                )
+        return self
+
+
+class UNet(nn.Module):
+    """Residual UNet with skip connections from every block, conditioned on a noise label and optionally a class.
+
+    Shapes: ``x [B, in_channels, h, w]``, ``noise_label [B]``, ``labels [B] int64`` or None -> like ``x``. ``h`` and
+    ``w`` must divide by 2 to the number of levels less one (`check_size`). With ``num_classes > 0``, ``labels=None``
+    asks for the unconditional output, which has an embedding of its own.
+    """
+
+    def __init__(self, config: UNetConfig, in_channels: int, num_classes: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        embedding = config.embedding_channels or 4 * config.channels
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+
+        self.noise_embedding = NoiseEmbedding(config.channels, embedding)
+        self.class_embedding = nn.Embedding(num_classes + 1, embedding) if num_classes else None
+
+        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        width, skips = widths[0], [widths[0]]
+        for level, level_width in enumerate(widths):
+            if level > 0:
+                self.down.append(Downsample(width))
+                skips.append(width)
+            for _ in range(config.num_res_blocks):
+                self.down.append(self._block(width, level_width, embedding, level in config.attention_levels))
+                width = level_width
+                skips.append(width)
+        self.middle = nn.ModuleList(
+            [self._block(width, width, embedding, attention=True), self._block(width, width, embedding, False)]
+        )
+        self.up = nn.ModuleList()
+        for level, level_width in reversed(list(enumerate(widths))):
+            for _ in range(config.num_res_blocks + 1):
+                attention = level in config.attention_levels
+                self.up.append(self._block(width + skips.pop(), level_width, embedding, attention))
+                width = level_width
+            if level > 0:
+                self.up.append(Upsample(width))
+        assert not skips, "every skip is used once"
+        self.norm = group_norm(width)
+        self.out = zero_init(nn.Conv2d(width, in_channels, 3, padding=1))
+
+    def _block(self, in_channels: int, out_channels: int, embedding: int, attention: bool) -> Block:
+        head_channels = self.config.head_channels if attention else None
+        return Block(in_channels, out_channels, embedding, dropout=self.config.dropout, head_channels=head_channels)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ``ValueError``, with the fix, where feature maps of this size cannot be halved often enough."""
+        halvings = len(self.config.multipliers) - 1
+        if height % 2**halvings or width % 2**halvings:
+            raise ValueError(
+                f"latents of {height}x{width} cannot be halved {halvings} times: give multipliers fewer entries than "
+                f"{halvings + 1}, or latents whose height and width divide by {2**halvings}"
+            )
+
+    def forward(self, x: Tensor, noise_label: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the raw network output F, shaped like ``x``."""
+        self.check_size(*x.shape[-2:])
+        embedding = self._embed(noise_label, labels)  # [B, embedding]
+        h = self.stem(x)  # [B, channels, h, w]
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, embedding)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, embedding)
+        for layer in self.up:
+            if isinstance(layer, Block):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = layer(h, embedding)
+        return self.out(F.silu(self.norm(h)))  # [B, in_channels, h, w]
+
+    def _embed(self, noise_label: Tensor, labels: Tensor | None) -> Tensor:
+        embedding = self.noise_embedding(noise_label)
+        if self.class_embedding is None:
+            if labels is not None:
+                raise ValueError(
+                    "this network was built without classes: pass labels=None, or build it with num_classes"
+                )
+            return embedding
+        if labels is None:
+            labels = torch.full(noise_label.shape, self.num_classes, device=noise_label.device)
+        return embedding + self.class_embedding(labels)
+
+
+class NoiseEmbedding(nn.Module):
+    """Sines and cosines of the noise label, then a two-layer network: ``[B] -> [B, out_channels]``.
+
+    The label is of order one (EDM: ln(sigma) / 4, about -1.5 to 1.1), so the frequencies run geometrically from 0.25 to
+    32 radians per unit: from a nearly linear ramp to a resolution of a few percent of sigma.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        frequencies = torch.exp(torch.linspace(math.log(0.25), math.log(32), channels // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.layers = nn.Sequential(
+            nn.Linear(2 * (channels // 2), out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels)
+        )
+
+    def forward(self, noise_label: Tensor) -> Tensor:
+        """Return the embedding of ``noise_label [B]``."""
+        angles = noise_label.float()[:, None] * self.frequencies  # [B, channels // 2]
+        return self.layers(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+class Block(nn.Module):
+    """A residual block modulated by the embedding, then self-attention where ``head_channels`` is given."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, embedding: int, *, dropout: float, head_channels: int | None
+    ) -> None:
+        super().__init__()
+        self.residual = ResBlock(
+            in_channels, out_channels, dropout=dropout, embedding_channels=embedding, zero_last=True
+        )
+        attend = head_channels is not None
+        self.attention = SelfAttention(out_channels, head_channels=head_channels, zero_last=True) if attend else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """``[B, in_channels, h, w]`` -> ``[B, out_channels, h, w]``."""
+        h = self.residual(x, embedding)
+        return h if self.attention is None else self.attention(h)
+
+
+class Downsample(nn.Module):
+    """Half the height and width, by a strided 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """``[B, C, h, w]`` -> ``[B, C, h/2, w/2]``; the embedding is not used."""
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width, by nearest neighbours and a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """``[B, C, h, w]`` -> ``[B, C, 2h, 2w]``; the embedding is not used."""
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
