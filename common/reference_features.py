@@ -1,0 +1,123 @@
+"""The reference side of FID, KID, precision and recall: extracted once, kept in the user's cache.
+
+An entry belongs to exact content: the data's fingerprint (which includes crop and resize), the network's weights and
+the seed that orders the images. Images are taken in that order, in parts, so that a stopped extraction goes on where
+it was and a larger reference starts from a smaller one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .errors import UsageError, WavelatentError
+from .feature_distances import FeatureStatistics
+from .files import write_atomically
+from .images import ImageData, iterate_batches, to_uint8
+from .inception import InceptionFeatures
+from .metric_weights import cache_folder
+from .randomness import generator
+
+PART = 1000
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference's features ``[N, dim]``, their statistics, and the fingerprint of what they were taken from."""
+
+    features: Tensor
+    statistics: FeatureStatistics
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+def choose_images(count: int, num: int | None, seed: int) -> list[int]:
+    """Return the first ``num`` (None: all) of ``count`` images in an order drawn from ``seed``.
+
+    Raises:
+        UsageError: there are not so many.
+    """
+    if num is not None and not 1 <= num <= count:
+        raise UsageError(f"asked for {num} images of {count}: ask for 1 to {count}")
+    order = torch.randperm(count, generator=generator("evaluation order", seed))
+    return order[:num].tolist()
+
+
+def uint8_batches(data: ImageData, batch_size: int, indices: Sequence[int]) -> Iterator[Tensor]:
+    """Yield the images at ``indices`` as uint8 ``[B,3,H,W]``."""
+    for batch in iterate_batches(data, batch_size, indices=indices):
+        yield to_uint8(batch.images)
+
+
+def reference_features(
+    data: ImageData, extractor: InceptionFeatures, *, num: int | None = None, seed: int = 0, batch_size: int = 32
+) -> Reference:
+    """Return the features of the first ``num`` images of ``data`` in the order of ``seed``, from the cache if there."""
+    identity = {
+        "data": data.fingerprint(),
+        "features": f"{extractor.name}/{extractor.dim}",
+        "weights": extractor.weights_sha256,
+        "seed": str(seed),
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    folder = cache_folder() / "reference-features" / fingerprint[:32]
+    indices = choose_images(len(data), num, seed)
+    parts = []
+    with tqdm(total=len(indices), desc="Inception, reference", unit="img", leave=False) as progress:
+        for number, start in enumerate(range(0, len(indices), PART)):
+            path = folder / f"part-{number:05d}.safetensors"
+            wanted = indices[start : start + PART]
+            parts.append(_part(path, data, extractor, wanted, batch_size, progress))
+    features = torch.cat(parts)
+    statistics = _statistics(folder / f"statistics-{len(features)}.safetensors", features, identity)
+    return Reference(features, statistics, data.fingerprint())
+
+
+def _part(
+    path: Path, data: ImageData, extractor: InceptionFeatures, indices: list[int], batch_size: int, progress: tqdm
+) -> Tensor:
+    from safetensors.torch import save
+
+    features = _load_part(path, extractor.dim)[: len(indices)]
+    progress.update(len(features))
+    if len(features) == len(indices):
+        return features
+    rows = [features]
+    for batch in uint8_batches(data, batch_size, indices[len(features) :]):
+        rows.append(extractor(batch))
+        progress.update(len(batch))
+    features = torch.cat(rows)
+    with suppress(OSError):  # a cache that cannot be written costs time, not the result
+        write_atomically(path, save({"features": features}))
+    return features
+
+
+def _load_part(path: Path, dim: int) -> Tensor:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with suppress(SafetensorError, OSError, KeyError):
+        features = load_file(path)["features"]
+        if features.ndim == 2 and features.shape[1] == dim:
+            return features
+    return torch.empty(0, dim)
+
+
+def _statistics(path: Path, features: Tensor, identity: dict[str, str]) -> FeatureStatistics:
+    if path.is_file():
+        with suppress(WavelatentError):
+            return FeatureStatistics.load(path, identity)
+    statistics = FeatureStatistics.of(features)
+    with suppress(OSError):
+        statistics.save(path, identity)
+    return statistics
