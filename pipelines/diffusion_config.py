@@ -1,0 +1,22 @@
+"""What a stage-two run is made from, as its preset or YAML file gives it."""
+
+from __future__ import annotations
+
+from ..common.config import Config
+from ..stage2_diffusion.model import WhiteningKind
+from ..stage2_diffusion.objectives import EDMConfig, ObjectiveConfig
+from ..stage2_diffusion.trainer import DiffusionTrainConfig
+from ..stage2_diffusion.unet import UNetConfig
+
+
+class DiffusionRunConfig(Config):
+    """The denoiser, its objective and its training; the latents' shape and statistics come from the cache."""
+
+    model: UNetConfig = UNetConfig()
+    objective: ObjectiveConfig = EDMConfig()
+    whitening: WhiteningKind = "channel"
+    """How raw latents become the zero-mean, unit-variance latents of the denoiser."""
+    class_conditional: bool = False
+    """Whether the model learns the cache's labels."""
+    train: DiffusionTrainConfig = DiffusionTrainConfig()
+    seed: int = 0
