@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+import torch
+
+from wavelatent.common.errors import WavelatentError
+from wavelatent.common.feature_distances import (
+    FeatureStatistics,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
+from wavelatent.common.torchvision_import import ensure_torchvision
+
+
+def _normal(count: int, dim: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+    return shift + scale * torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def _exactly(mean: torch.Tensor, covariance: torch.Tensor, count: int = 100) -> FeatureStatistics:
+    statistics = FeatureStatistics(len(mean))
+    statistics.count, statistics.total = count, count * mean.double()
+    statistics.outer = (count - 1) * covariance.double() + count * torch.outer(mean, mean).double()
+    return statistics
+
+
+def test_statistics_are_the_mean_and_covariance_whatever_the_batches():
+    features = _normal(53, 7, seed=0, shift=3.0)
+    statistics = FeatureStatistics(7)
+    for part in features[:40].split(9):
+        statistics.update(part)
+    rest = FeatureStatistics(7)
+    rest.update(features[40:])
+    statistics.merge(rest)
+    torch.testing.assert_close(statistics.mean, features.double().mean(dim=0))
+    torch.testing.assert_close(statistics.covariance, features.double().T.cov())
+
+
+def test_frechet_distance_of_commuting_gaussians_is_the_closed_form():
+    mean1, mean2 = torch.tensor([[1.0, -2.0, 0.5], [0.0, 2.0, 0.5]]).double()
+    var1, var2 = torch.tensor([[4.0, 0.25, 9.0], [1.0, 0.0, 16.0]]).double()
+    rotation = torch.linalg.qr(_normal(3, 3, seed=1).double()).Q
+    first = _exactly(mean1, rotation @ var1.diag() @ rotation.T)
+    second = _exactly(mean2, rotation @ var2.diag() @ rotation.T)
+    expected = (mean1 - mean2).square().sum() + (var1.sqrt() - var2.sqrt()).square().sum()
+    assert frechet_distance(first, second) == pytest.approx(expected.item(), rel=1e-7)
+    assert frechet_distance(second, first) == pytest.approx(expected.item(), rel=1e-7)
+
+
+def test_frechet_distance_is_torch_fidelitys_also_with_fewer_images_than_features():
+    ensure_torchvision()
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    first, second = _normal(20, 33, seed=2), _normal(31, 33, seed=3, shift=0.3, scale=1.2)
+    theirs = fid_statistics_to_metric(
+        *(fid_features_to_statistics(features.double()) for features in (first, second)), verbose=False
+    )
+    ours = frechet_distance(FeatureStatistics.of(first), FeatureStatistics.of(second))
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert frechet_distance(FeatureStatistics.of(first), FeatureStatistics.of(first)) == pytest.approx(0, abs=1e-6)
+
+
+def test_one_image_has_no_covariance():
+    with pytest.raises(WavelatentError, match="at least 2"):
+        frechet_distance(FeatureStatistics.of(_normal(1, 4, seed=0)), FeatureStatistics.of(_normal(5, 4, seed=1)))
+
+
+def test_saved_statistics_come_back_and_strangers_are_named(tmp_path):
+    statistics = FeatureStatistics.of(_normal(9, 5, seed=0))
+    statistics.save(tmp_path / "s.safetensors", {"data": "abc", "weights": "w"})
+    loaded = FeatureStatistics.load(tmp_path / "s.safetensors", {"data": "abc", "weights": "w"})
+    assert loaded.count == 9
+    torch.testing.assert_close(loaded.covariance, statistics.covariance, rtol=0, atol=0)
+    with pytest.raises(WavelatentError, match="another weights"):
+        FeatureStatistics.load(tmp_path / "s.safetensors", {"data": "abc", "weights": "v"})
+
+
+def test_kernel_distance_over_the_whole_sets_is_the_unbiased_mmd():
+    first, second = _normal(12, 6, seed=0).double(), _normal(12, 6, seed=1, shift=0.5).double()
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a @ b.T / 6 + 1) ** 3
+
+    off_diagonal = ~torch.eye(12, dtype=torch.bool)
+    expected = (
+        kernel(first, first)[off_diagonal].mean()
+        + kernel(second, second)[off_diagonal].mean()
+        - 2 * kernel(first, second).mean()
+    )
+    result = kernel_distance(first, second, subsets=1, subset_size=12)
+    assert result.mean == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_kernel_distance_of_small_sets_has_a_spread_and_repeats():
+    first, second = _normal(40, 6, seed=0), _normal(30, 6, seed=1, shift=0.5)
+    result = kernel_distance(first, second)
+    assert (result.subset_size, result.subsets) == (15, 100)
+    assert result.std > 0
+    assert result == kernel_distance(first, second)
+    with pytest.raises(WavelatentError, match="more images"):
+        kernel_distance(first[:3], second[:3])
+
+
+def test_precision_and_recall_count_who_lies_in_the_others_manifold():
+    reference = torch.cat([_normal(20, 3, seed=0), _normal(20, 3, seed=1, shift=100.0)])
+    one_mode_and_outliers = torch.cat([reference[:20], _normal(20, 3, seed=2, shift=-500.0)])
+    precision, recall = precision_recall(one_mode_and_outliers, reference)
+    assert precision == pytest.approx(0.5)
+    assert recall == pytest.approx(0.5)
+    assert np.allclose(precision_recall(reference, reference), 1.0)
+    with pytest.raises(WavelatentError, match="4 to 10000"):
+        precision_recall(reference[:3], reference)
