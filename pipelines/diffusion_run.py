@@ -39,12 +39,19 @@ def read_inputs(run: Path) -> dict[str, Any]:
 
 
 def load_diffusion(run: Path) -> LatentDiffusion:
-    """Return the run's model (averaged weights, eval mode). Raises :class:`WavelatentError` where there is none yet."""
+    """Return the run's model: averaged weights, eval mode, float32, on the CPU.
+
+    Raises :class:`WavelatentError` where there is none yet, or its files do not belong together.
+    """
     folder = run / "model"
     if not (folder / "model.safetensors").is_file():
         raise WavelatentError(f"{run} has no model yet: run its train-diffusion command until it has saved one")
-    with contextlib.redirect_stdout(sys.stderr):  # the hub's mixin prints
-        return LatentDiffusion.from_pretrained(folder).eval().requires_grad_(False)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the hub's mixin prints
+            model = LatentDiffusion.from_pretrained(folder, local_files_only=True, strict=True)
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise WavelatentError(f"{folder}: the model cannot be loaded: {' '.join(str(error).split())}") from error
+    return model.eval().requires_grad_(False)
 
 
 def recorded_autoencoder(record: dict[str, Any], given: str | Autoencoder | None = None) -> Autoencoder:

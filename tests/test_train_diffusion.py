@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wavelatent.common.checkpoints import latest_checkpoint
@@ -219,6 +220,20 @@ def test_options_that_do_not_fit_the_cache_are_refused(cache: Path, tmp_path: Pa
     deep = {**CONFIG["model"], "multipliers": [1, 1, 1, 1]}
     with pytest.raises(UsageError, match="divide by 8"):
         train_diffusion(config(model=deep), latents=cache, out=tmp_path / "run", options=CPU)
+
+
+def test_a_model_whose_files_do_not_belong_together_is_refused(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(WavelatentError, match="not a run folder"):
+        sample(tmp_path, tmp_path / "out", [0], device="cpu")
+    broken = tmp_path / "broken"
+    shutil.copytree(trained, broken)
+    file = broken / "model" / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "whitening" not in name}, file)
+    with pytest.raises(WavelatentError, match=r"whitening\.s"):
+        load_diffusion(broken)
+    shutil.rmtree(broken / "model")
+    with pytest.raises(WavelatentError, match="has no model yet"):
+        load_diffusion(broken)
 
 
 def test_another_autoencoder_than_the_recorded_one_is_refused_by_name(trained: Path, tmp_path: Path) -> None:
