@@ -17,6 +17,7 @@ from ..common.latent_cache import MANIFEST, AutoencoderRecord, CacheDtype, DataR
 from ..common.latent_cache_writer import CachePlan, CacheWriter, default_shard_size
 from ..common.latents import Posterior
 from ..common.runtime import MixedPrecision, RuntimeOptions, StopRequest, autocast, make_accelerator
+from .loading import load_autoencoder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,8 +68,6 @@ def encode(
         WavelatentError: the cache was begun or finished with other inputs, or a latent cannot be stored.
         Stopped: by ``max_minutes`` or a signal.
     """
-    from .loading import load_autoencoder
-
     begin = time.monotonic()
     accelerator = make_accelerator(RuntimeOptions(device=device, mixed_precision=mixed_precision))
     images = open_data(data, size=size)

@@ -1,7 +1,5 @@
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,9 +41,7 @@ class TinyAutoencoder(nn.Module):
 @pytest.fixture
 def autoencoder(monkeypatch: pytest.MonkeyPatch) -> TinyAutoencoder:
     model = TinyAutoencoder()
-    monkeypatch.setitem(
-        sys.modules, "wavelatent.pipelines.loading", SimpleNamespace(load_autoencoder=lambda spec: model)
-    )
+    monkeypatch.setattr("wavelatent.pipelines.encode.load_autoencoder", lambda spec: model)
     return model
 
 
