@@ -18,7 +18,7 @@ from ..common.files import sha256_file
 from ..common.image_folders import IMAGE_EXTENSIONS
 from ..common.runtime import MixedPrecision
 
-LOSSLESS = frozenset({"bmp", "pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff"})
+LOSSLESS = frozenset({".bmp", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff"})
 
 
 class SampleSource(Protocol):
@@ -45,7 +45,7 @@ class SampleFolder:
         if not root.is_dir():
             raise UsageError(f"--samples {root}: there is no such folder")
         paths = sorted(path for path in root.iterdir() if _is_image(path))
-        if lossy := [path for path in paths if path.suffix[1:].lower() not in LOSSLESS]:
+        if lossy := [path for path in paths if path.suffix.lower() not in LOSSLESS]:
             raise WavelatentError(
                 f"{lossy[0]} is in a lossy format ({len(lossy)} such files): its artefacts would change FID; "
                 "save the samples as PNG"
@@ -161,4 +161,4 @@ def describe_seeds(seeds: Sequence[int]) -> str:
 
 
 def _is_image(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(".") and path.suffix[1:].lower() in IMAGE_EXTENSIONS
+    return path.is_file() and not path.name.startswith(".") and path.suffix.lower() in IMAGE_EXTENSIONS

@@ -1,0 +1,283 @@
+"""``evaluate`` and what it rests on, with a six-number stand-in for Inception; one test uses the real network."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from wavelatent.common import reference_features
+from wavelatent.common.errors import UsageError, WavelatentError
+from wavelatent.common.feature_distances import FeatureStatistics, frechet_distance
+from wavelatent.common.image_metrics import psnr, ssim
+from wavelatent.common.images import open_data
+from wavelatent.common.latents import Posterior
+from wavelatent.common.metric_weights import MissingWeightsError
+from wavelatent.pipelines import evaluate
+from wavelatent.pipelines.evaluate import evaluate_generation, evaluate_reconstruction
+
+SIZE, COUNT = 32, 12
+
+
+class TinyInception:
+    """Six numbers per image: the mean of each half, per channel."""
+
+    name = "inception-v3-2015-12-05"
+    dim = 6
+    weights_sha256 = "of the stand-in"
+    images_seen = 0
+
+    def __init__(self, device: object = "cpu") -> None:
+        self.device = device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        assert images.dtype == torch.uint8
+        TinyInception.images_seen += len(images)
+        return F.adaptive_avg_pool2d(images.float() / 255, (2, 1)).flatten(1)
+
+
+class HalfSize(nn.Module):
+    """An autoencoder that halves and doubles."""
+
+    downsampling, latent_channels = 2, 3
+
+    def encode(self, images: Tensor) -> Posterior:
+        return Posterior(F.avg_pool2d(images, 2), None)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.interpolate(latents, scale_factor=2)
+
+    def fingerprint(self) -> str:
+        return "half-size"
+
+
+def _save_images(folder: Path, count: int, seed: int, size: int = SIZE) -> Path:
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for number in range(count):
+        pixels = generator.integers(0, 256, (size // 4, size // 4, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+        image.save(folder / f"{number:06d}.png")
+    return folder
+
+
+def _pixels(folder: Path) -> Tensor:
+    images = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return _save_images(tmp_path / "data", COUNT, seed=0)
+
+
+@pytest.fixture
+def samples(tmp_path) -> Path:
+    return _save_images(tmp_path / "samples", COUNT, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path) -> None:
+    TinyInception.images_seen = 0
+    monkeypatch.setattr(evaluate, "InceptionFeatures", TinyInception)
+    monkeypatch.setattr(reference_features, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("wavelatent.pipelines.loading.load_autoencoder", lambda spec: HalfSize())
+
+
+@pytest.fixture
+def without_lpips(monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "PerceptualDistance", _missing("LPIPS is not here"))
+
+
+def _missing(reason: str) -> Callable[..., None]:
+    def raise_missing(*_: object) -> None:
+        raise MissingWeightsError(reason)
+
+    return raise_missing
+
+
+def test_generation_is_measured_saved_and_described(data, samples):
+    result = evaluate_generation(samples=samples, data=str(data), batch_size=5)
+    saved = json.loads((samples / "metrics.json").read_text())
+    assert saved == result.to_dict()
+    assert set(saved) == {"metrics", "protocol", "seconds"}
+    assert set(saved["metrics"]) == {"fid", "kid_mean", "kid_std", "precision", "recall"}
+    features = [TinyInception()(_pixels(folder)) for folder in (samples, data)]
+    expected = frechet_distance(*(FeatureStatistics.of(x) for x in features))
+    assert saved["metrics"]["fid"] == pytest.approx(expected, rel=1e-6)
+    protocol = saved["protocol"]
+    assert protocol["num_samples"] == protocol["num_reference"] == COUNT
+    assert protocol["features"] == "inception-v3-2015-12-05"
+    assert protocol["reference_fingerprint"] == open_data(str(data)).fingerprint()
+    assert protocol["crop"] == "adm-center"
+    assert protocol["resize"]["data"] == "lanczos"
+    assert protocol["seeds"] == f"0-{COUNT - 1}"
+    assert protocol["kid"]["subset_size"] == COUNT // 2
+    assert "torch-fidelity" in protocol["library versions"]
+    assert any("biased" in note for note in protocol["notes"])
+
+
+def test_a_set_is_at_distance_zero_of_itself(data):
+    metrics = evaluate_generation(samples=data, data=str(data), out=data.parent / "out").metrics
+    assert metrics["fid"] == pytest.approx(0, abs=1e-6)
+    assert metrics["precision"] == metrics["recall"] == pytest.approx(1)
+
+
+def test_the_reference_is_paid_for_once_and_grows_from_what_is_there(data, samples):
+    def cost(**options: object) -> int:
+        TinyInception.images_seen = 0
+        evaluate_generation(samples=samples, data=str(data), overwrite=True, **options)
+        return TinyInception.images_seen - COUNT
+
+    assert cost(num_reference=5) == 5
+    assert cost(num_reference=5) == 0
+    assert cost() == COUNT - 5, "the first five of the same order are kept"
+    assert cost(seed=1, num_reference=5) == 5, "another order is another reference"
+    Image.new("RGB", (SIZE, SIZE), "red").save(data / "000003.png")
+    assert cost() == COUNT, "changed data is another reference"
+
+
+def test_a_stopped_reference_goes_on_where_it_was(data, monkeypatch):
+    monkeypatch.setattr(reference_features, "PART", 4)
+
+    class Stops(TinyInception):
+        def __call__(self, images: Tensor) -> Tensor:
+            if TinyInception.images_seen >= 8:
+                raise KeyboardInterrupt
+            return super().__call__(images)
+
+    images = open_data(str(data))
+    with pytest.raises(KeyboardInterrupt):
+        reference_features.reference_features(images, Stops(), batch_size=2)
+    TinyInception.images_seen = 0
+    reference = reference_features.reference_features(images, TinyInception(), batch_size=2)
+    assert TinyInception.images_seen == COUNT - 8
+    order = reference_features.choose_images(COUNT, None, seed=0)
+    torch.testing.assert_close(reference.features, TinyInception()(_pixels(data)[order]))
+    torch.testing.assert_close(reference.statistics.mean, reference.features.double().mean(dim=0))
+
+
+def test_a_finished_measurement_is_returned_and_a_changed_input_measured_again(data, samples, capsys):
+    first = evaluate_generation(samples=samples, data=str(data))
+    TinyInception.images_seen = 0
+    assert evaluate_generation(samples=samples, data=str(data)) == first
+    assert TinyInception.images_seen == 0
+    assert "already measured" in capsys.readouterr().err
+    Image.new("RGB", (SIZE, SIZE), "red").save(samples / "000003.png")
+    assert evaluate_generation(samples=samples, data=str(data)).metrics != first.metrics
+
+
+def test_samples_that_cannot_be_compared_are_refused_by_name(data, samples):
+    def refused(match: str, **options: object) -> None:
+        with pytest.raises(WavelatentError, match=match):
+            evaluate_generation(**{"samples": samples, "data": str(data), **options})
+
+    refused(r"holds 12 images, 13 asked for", num=13)
+    refused(r"32x32 px and the reference .* is 16", size=16)
+    refused(r"no such folder", samples=samples / "nowhere")
+    refused(r"either --samples DIR, or --run", run=samples)
+    Image.new("RGB", (SIZE, SIZE - 1)).save(samples / "000004.png")
+    refused(r"000004.png is 32x31, 000000.png 32x32")
+    (samples / "000004.png").write_bytes(b"not an image")
+    refused(r"000004.png cannot be read")
+    Image.new("RGB", (SIZE, SIZE)).save(samples / "000004.jpg")
+    refused(r"000004.jpg is in a lossy format")
+    assert not (samples / "metrics.json").exists()
+
+
+def test_asking_for_too_much_reference_is_a_usage_error(data, samples):
+    with pytest.raises(UsageError, match="asked for 13 images of 12"):
+        evaluate_generation(samples=samples, data=str(data), num_reference=13)
+
+
+def test_generation_without_weights_fails_with_the_line_that_helps(data, samples, monkeypatch):
+    monkeypatch.setattr(evaluate, "InceptionFeatures", _missing("run `wavelatent doctor --fetch`"))
+    with pytest.raises(MissingWeightsError, match="doctor --fetch"):
+        evaluate_generation(samples=samples, data=str(data))
+
+
+def test_a_run_is_sampled_in_memory(data, samples, monkeypatch, tmp_path):
+    images = _pixels(samples)
+    asked = []
+
+    def sample_images(run, seeds, *, batch_size, **options):
+        asked.append((run, list(seeds), options["sampler"], options["steps"]))
+        for start in range(0, len(seeds), batch_size):
+            chosen = list(seeds[start : start + batch_size])
+            yield chosen, images[chosen]
+
+    monkeypatch.setattr("wavelatent.pipelines.sample.sample_images", sample_images)
+    monkeypatch.setattr(
+        "wavelatent.pipelines.sample.protocol", lambda run, **options: {"model_sha256": "m", "ema": 1, **options}
+    )
+    run = tmp_path / "run"
+    drawn = evaluate_generation(run=run, num=COUNT, data=str(data), batch_size=5, sampler="euler", steps=3)
+    assert asked == [(run, list(range(COUNT)), "euler", 3)]
+    assert drawn.metrics == pytest.approx(evaluate_generation(samples=samples, data=str(data)).metrics)
+    assert (run / "evaluation-generation" / "metrics.json").exists()
+    assert (drawn.protocol["sampler"], drawn.protocol["steps"], drawn.protocol["seeds"]) == ("euler", 3, "0-11")
+    with pytest.raises(UsageError, match="--run needs --num"):
+        evaluate_generation(run=run, data=str(data))
+
+
+def test_reconstruction_gives_every_figure_that_it_can(data, without_lpips, tmp_path):
+    result = evaluate_reconstruction("half", str(data), out=tmp_path / "result", batch_size=5)
+    originals = _pixels(data)
+    halved = HalfSize().decode(HalfSize().encode(originals / 127.5 - 1).mode())
+    decoded = ((halved + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    statistics = (FeatureStatistics.of(TinyInception()(images)) for images in (decoded, originals))
+    assert result.metrics == pytest.approx(
+        {
+            "psnr": psnr(decoded, originals).mean().item(),
+            "ssim": ssim(decoded, originals).mean().item(),
+            "rfid": frechet_distance(*statistics),
+        },
+        rel=1e-6,
+    )
+    assert result.not_computed == {"lpips": "LPIPS is not here"}
+    assert json.loads((tmp_path / "result" / "metrics.json").read_text()) == result.to_dict()
+    assert result.protocol["num_samples"] == result.protocol["num_reference"] == COUNT
+    assert result.protocol["lpips_net"] == "alex"
+    assert result.protocol["autoencoder"]["fingerprint"] == "half-size"
+
+
+def test_reconstruction_without_inception_never_names_an_rfid(data, without_lpips, monkeypatch):
+    monkeypatch.setattr(evaluate, "InceptionFeatures", _missing("Inception is not here"))
+    result = evaluate_reconstruction("half", str(data))
+    assert set(result.metrics) == {"psnr", "ssim"}
+    assert result.to_dict()["not_computed"]["rfid"] == "Inception is not here"
+
+
+def test_reconstruction_takes_the_images_of_its_reference(data, without_lpips):
+    result = evaluate_reconstruction("half", str(data), num_images=4, seed=3)
+    chosen = _pixels(data)[reference_features.choose_images(COUNT, 4, seed=3)]
+    decoded = HalfSize().decode(HalfSize().encode(chosen / 127.5 - 1).mode())
+    decoded = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    assert result.metrics["psnr"] == pytest.approx(psnr(decoded, chosen).mean().item())
+    assert result.protocol["num_samples"] == 4
+
+
+def test_a_size_that_the_autoencoder_cannot_take_is_a_usage_error(data):
+    with pytest.raises(UsageError, match="--size 30"):
+        evaluate_reconstruction("half", str(data), size=31)
+
+
+def test_the_real_networks_through_the_whole_command(data, monkeypatch):
+    from wavelatent.common.inception import InceptionFeatures
+
+    monkeypatch.setattr(evaluate, "InceptionFeatures", InceptionFeatures)
+    try:
+        result = evaluate_reconstruction("half", str(data), num_images=6, batch_size=4)
+        if result.not_computed:
+            pytest.skip("; ".join(result.not_computed.values()))
+    finally:
+        monkeypatch.undo()
+    assert set(result.metrics) == {"rfid", "psnr", "ssim", "lpips"}
+    assert result.metrics["rfid"] > 1
+    assert 0 < result.metrics["lpips"] < 1
+    assert len(result.protocol["weights_sha256"]) == 64
