@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from wavelatent.common.errors import WavelatentError
+from wavelatent.common.errors import UsageError, WavelatentError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -35,22 +35,27 @@ def _options(*options: Decorator) -> Decorator:
     return decorate
 
 
+def _unused_seed(help_text: str) -> Decorator:
+    return click.option("--seed", type=int, default=None, expose_value=False, help=help_text)
+
+
 FOLDER = click.Path(path_type=Path, file_okay=False)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result on stdout as one JSON object.")
 SEED = click.option("--seed", type=int, default=None, help="Seed of everything random.")
+NO_SEED = _unused_seed("Accepted everywhere; nothing is random here.")
 OUT = click.option("--out", type=FOLDER, required=True, help="Where to write.")
+AE = click.option("--ae", required=True, help="The autoencoder: a run folder or a saved model folder.")
 DATA = click.option(
     "--data", required=True, help="synthetic[:N], an image folder, a prepared folder, or hf:NAME[:SPLIT]."
 )
 SIZE = click.option("--size", type=click.IntRange(min=8), default=None, help="Image size; the data's own by default.")
 BAD = click.option(
-    "--max-bad-fraction",
-    type=click.FloatRange(0, 1),
-    default=0.01,
-    show_default=True,
+    "--max-bad-fraction", type=click.FloatRange(0, 1), default=0.01, show_default=True,
     help="Stop where more of the files than this cannot be used.",
+)  # fmt: skip
+MINUTES = click.option(
+    "--max-minutes", type=click.FloatRange(min=0), default=None, help="Save and exit with code 75 after this long."
 )
-MINUTES = click.option("--max-minutes", type=float, default=None, help="Save and exit with code 75 after this long.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Start again instead of going on.")
 BATCH = click.option("--batch-size", type=click.IntRange(min=1), default=None, help="Images at a time.")
 DEVICE = _options(
@@ -60,6 +65,11 @@ DEVICE = _options(
         help="Autocast of the networks.",
     ),
 )  # fmt: skip
+SAMPLER = _options(
+    click.option("--sampler", default=None, help="heun (default), euler, euler_ancestral, ddim, dpmpp_2m, ..."),
+    click.option("--steps", type=click.IntRange(min=1), default=None, help="Noise levels (default 32)."),
+    click.option("--label", type=click.IntRange(min=0), default=None, help="The class of every image."),
+)
 TRAINING = _options(
     click.argument("config"),
     click.argument("overrides", nargs=-1, metavar="[key=value]..."),
@@ -67,38 +77,89 @@ TRAINING = _options(
     click.option("--max-steps", type=click.IntRange(min=1), default=None, help="Steps in all, over the config."),
     click.option("--checkpoint-every", type=click.IntRange(min=1), default=None, help="Steps, over the config."),
     click.option("--dry-run", is_flag=True, help="Print the resolved config and stop."),
+    click.option("--batch-size", type=click.IntRange(min=1), default=None, help="Images per step, over the config."),
     MINUTES,
     OVERWRITE,
-    BATCH,
     SEED,
     DEVICE,
     JSON,
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--debug", is_flag=True, help="Show the traceback of an error (put it before the command).")
-def cli(debug: bool) -> None:
-    """Latent diffusion with a swappable autoencoder: train one, cache its latents, train a denoiser, measure both."""
-
-
-def _training_overrides(
-    overrides: tuple[str, ...], *, max_steps: int | None, checkpoint_every: int | None, batch_size: int | None,
-    seed: int | None,
-) -> list[str]:  # fmt: skip
-    """Return the config overrides with those that have an option of their own."""
-    given = {
-        "train.steps": max_steps,
-        "train.checkpoint_every": checkpoint_every,
-        "train.batch_size": batch_size,
-        "seed": seed,
-    }
-    return [*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)]
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that were given, so that a function's own defaults hold for the others."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _emit(result: Any, as_json: bool, text: str) -> None:
     """Print ``result`` as JSON, or ``text``."""
-    click.echo(json.dumps(result, indent=2) if as_json else text)
+    click.echo(json.dumps(result, indent=2, default=str) if as_json else text)
+
+
+def _resolve(model: Any, arguments: dict[str, Any]) -> Any:
+    """Take CONFIG, its overrides and the options over it out of ``arguments``; return the resolved config."""
+    from wavelatent.common.config import load_config
+
+    over = {
+        "train.steps": arguments.pop("max_steps"),
+        "train.checkpoint_every": arguments.pop("checkpoint_every"),
+        "train.batch_size": arguments.pop("batch_size"),
+        "seed": arguments.pop("seed"),
+    }
+    overrides = [*arguments.pop("overrides"), *(f"{key}={value}" for key, value in _given(over).items())]
+    return load_config(model, arguments.pop("config"), overrides)
+
+
+def _dry_run(config: Any, as_json: bool) -> None:
+    from wavelatent.common.config import dump_yaml
+
+    _emit(config.model_dump(mode="json"), as_json, dump_yaml(config).rstrip())
+
+
+def _runtime(arguments: dict[str, Any]) -> Any:
+    from wavelatent.common.runtime import RuntimeOptions
+
+    return RuntimeOptions(**{k: arguments.pop(k) for k in ("device", "mixed_precision", "max_minutes", "overwrite")})
+
+
+def _emit_run(out: Path, trained: bool, as_json: bool) -> None:
+    status = json.loads((out / "status.json").read_text(encoding="utf-8"))
+    state = "done" if trained else "was finished already"
+    text = f"{out}: {state} ({status['step']} steps); the model is in {out / 'model'}"
+    _emit({"run": str(out), "already_finished": not trained, **status}, as_json, text)
+
+
+def _emit_metrics(result: dict[str, Any], as_json: bool) -> None:
+    lines = [f"{name}: {value:.6g}" for name, value in result["metrics"].items()]
+    lines += [f"{name}: not computed ({why})" for name, why in result.get("not_computed", {}).items()]
+    _emit(result, as_json, "\n".join(lines))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error; may stand anywhere.")
+def cli(debug: bool) -> None:
+    """Latent diffusion with a swappable autoencoder: train one, cache its latents, train a denoiser, measure both."""
+
+
+@cli.command()
+@DATA
+@click.option("--size", type=click.IntRange(min=8), required=True, help="Side of the images in pixels.")
+@OUT
+@click.option("--filter", "resize_filter", default=None, help="Resampling: lanczos (default), bicubic, box, ...")
+@click.option("--max-images", type=click.IntRange(min=1), default=None, help="Look at the first so many only.")
+@click.option("--streaming", is_flag=True, help="Read an hf: data set as a stream.")
+@click.option("--num-workers", type=click.IntRange(min=0), default=None, help="Processes that decode.")
+@BAD
+@OVERWRITE
+@NO_SEED
+@JSON
+def prepare(as_json: bool, **arguments: Any) -> None:
+    """Decode, crop and resize a data set once, recording how."""
+    from wavelatent.pipelines.prepare import prepare as run
+
+    result = run(**_given(arguments))
+    text = f"{result['out']}: {result['count']} images of {result['size']} px ({result['state']})"
+    _emit(result, as_json, text)
 
 
 @cli.command("train-ae")
@@ -107,36 +168,150 @@ def _emit(result: Any, as_json: bool, text: str) -> None:
 @SIZE
 @BAD
 def train_ae(
-    config: str, overrides: tuple[str, ...], out: Path, max_steps: int | None, checkpoint_every: int | None,
-    dry_run: bool, max_minutes: float | None, overwrite: bool, batch_size: int | None, seed: int | None, device: str,
-    mixed_precision: Any, as_json: bool, data: str, size: int | None, max_bad_fraction: float,
-) -> None:  # fmt: skip
-    """Stage 1: train the autoencoder of CONFIG (a preset or a YAML file)."""
-    from wavelatent.common.config import dump_yaml, load_config
+    out: Path, dry_run: bool, as_json: bool, data: str, size: int | None, max_bad_fraction: float, **arguments: Any
+) -> None:
+    """Stage 1: train the autoencoder of CONFIG (a preset's name or a YAML file)."""
     from wavelatent.common.images import open_data
-    from wavelatent.common.runtime import RuntimeOptions
     from wavelatent.pipelines.run_config import AutoencoderRunConfig
     from wavelatent.pipelines.train_autoencoder import train_autoencoder
 
-    all_overrides = _training_overrides(
-        overrides, max_steps=max_steps, checkpoint_every=checkpoint_every, batch_size=batch_size, seed=seed
-    )
-    resolved = load_config(AutoencoderRunConfig, config, all_overrides)
+    config = _resolve(AutoencoderRunConfig, arguments)
     if dry_run:
-        _emit(resolved.model_dump(mode="json"), as_json, dump_yaml(resolved).rstrip())
-        return
-    options = RuntimeOptions(device, mixed_precision, max_minutes, overwrite)
+        return _dry_run(config, as_json)
     images = open_data(data, size=size, max_bad_fraction=max_bad_fraction)
-    trained = train_autoencoder(resolved, data=images, out=out, options=options)
-    _emit_run(out, trained, as_json)
+    trained = train_autoencoder(config, data=images, out=out, options=_runtime(arguments))
+    return _emit_run(out, trained, as_json)
 
 
-def _emit_run(out: Path, trained: bool, as_json: bool) -> None:
-    status = json.loads((out / "status.json").read_text(encoding="utf-8"))
-    text = (
-        f"{out}: {'done' if trained else 'was finished already'} ({status['step']} steps); the model is in {out}/model"
-    )
-    _emit({"run": str(out), "already_finished": not trained, **status}, as_json, text)
+@cli.command()
+@AE
+@DATA
+@OUT
+@SIZE
+@click.option("--flips", is_flag=True, help="Cache the mirror images too, re-encoded.")
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default=None, help="Of the cache.")
+@click.option("--shard-size", type=click.IntRange(min=1), default=None, help="Images per shard.")
+@MINUTES
+@OVERWRITE
+@BATCH
+@NO_SEED
+@DEVICE
+@JSON
+def encode(as_json: bool, **arguments: Any) -> None:
+    """Write the latents of a data set into a verified cache."""
+    from wavelatent.pipelines.encode import encode as run
+
+    result = run(**_given(arguments))
+    state = "was complete already" if result["already_complete"] else "done"
+    _emit(result, as_json, f"{result['cache']}: {result['count']} latents of shape {result['shape']} ({state})")
+
+
+@cli.command("train-diffusion")
+@TRAINING
+@click.option("--latents", type=FOLDER, required=True, help="The latent cache that encode wrote.")
+def train_diffusion(out: Path, dry_run: bool, as_json: bool, latents: Path, **arguments: Any) -> None:
+    """Stage 2: train the denoiser of CONFIG (a preset's name or a YAML file) on cached latents."""
+    from wavelatent.pipelines.diffusion_config import DiffusionRunConfig
+    from wavelatent.pipelines.train_diffusion import train_diffusion as run
+
+    config = _resolve(DiffusionRunConfig, arguments)
+    if dry_run:
+        return _dry_run(config, as_json)
+    trained = run(config, latents=latents, out=out, options=_runtime(arguments))
+    return _emit_run(out, trained, as_json)
+
+
+def _seeds(text: str) -> list[int]:
+    """Parse ``0-49999`` or ``1,5,7-9``."""
+    try:
+        ranges = [part.partition("-") for part in text.split(",")]
+        seeds = [n for low, dash, high in ranges for n in range(int(low), int(high if dash else low) + 1)]
+    except ValueError as error:
+        raise UsageError(f"--seeds {text}: give a range as in 0-49999, or a list as in 1,5,7-9") from error
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {text}: the range is empty or names a seed twice")
+    return seeds
+
+
+@cli.command()
+@click.option("--run", type=FOLDER, required=True, help="Run folder of train-diffusion.")
+@OUT
+@click.option("--num", type=click.IntRange(min=1), default=None, help="How many images, with seeds from --seed on.")
+@click.option("--seeds", default=None, help="Their seeds: 0-49999 or 1,5,7-9.")
+@SAMPLER
+@click.option("--ae", "autoencoder", default=None, help="The recorded autoencoder, where it has moved.")
+@OVERWRITE
+@BATCH
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The first seed of --num.")
+@DEVICE
+@JSON
+def sample(as_json: bool, num: int | None, seeds: str | None, seed: int, **arguments: Any) -> None:
+    """Draw latents, decode them and write <seed>.png."""
+    from wavelatent.pipelines.sample import sample as run
+
+    if (num is None) == (seeds is None):
+        raise UsageError("give either --num N or --seeds A-B")
+    chosen = _seeds(seeds) if seeds is not None else list(range(seed, seed + (num or 0)))
+    result = run(seeds=chosen, **_given(arguments))
+    _emit(result, as_json, f"{result['samples']}: {result['count']} samples ({result['written']} new)")
+
+
+@cli.group()
+def evaluate() -> None:
+    """Measure an autoencoder's reconstructions, or generated images."""
+
+
+@evaluate.command()
+@AE
+@DATA
+@SIZE
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for metrics.json.")
+@click.option("--num-images", type=click.IntRange(min=1), default=None, help="How many images; all by default.")
+@click.option("--lpips-net", type=click.Choice(["alex", "vgg"]), default=None, help="alex by default.")
+@OVERWRITE
+@BATCH
+@SEED
+@DEVICE
+@JSON
+def reconstruction(as_json: bool, **arguments: Any) -> None:
+    """RFID, PSNR, SSIM and LPIPS of an autoencoder on a data set."""
+    from wavelatent.pipelines.evaluate import evaluate_reconstruction
+
+    _emit_metrics(evaluate_reconstruction(**_given(arguments)).to_dict(), as_json)
+
+
+@evaluate.command()
+@click.option("--samples", type=FOLDER, default=None, help="A folder of samples.")
+@click.option("--run", type=FOLDER, default=None, help="A run of train-diffusion, sampled in memory.")
+@click.option("--num", type=click.IntRange(min=1), default=None, help="How many samples.")
+@DATA
+@SIZE
+@SAMPLER
+@click.option("--num-reference", type=click.IntRange(min=1), default=None, help="Reference images; all by default.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for metrics.json.")
+@OVERWRITE
+@BATCH
+@SEED
+@DEVICE
+@JSON
+def generation(as_json: bool, **arguments: Any) -> None:
+    """FID, KID, precision and recall of samples against a data set."""
+    from wavelatent.pipelines.evaluate import evaluate_generation
+
+    _emit_metrics(evaluate_generation(**_given(arguments)).to_dict(), as_json)
+
+
+@cli.command()
+@click.option("--fetch", is_flag=True, help="Get the metric weights that are missing.")
+@NO_SEED
+@JSON
+def doctor(as_json: bool, fetch: bool) -> None:
+    """Versions, devices, and which metric weights are present."""
+    from wavelatent.pipelines.doctor import describe
+    from wavelatent.pipelines.doctor import doctor as run
+
+    result = run(fetch=fetch)
+    _emit(result, as_json, describe(result))
 
 
 def main() -> None:
@@ -149,9 +324,9 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except click.Abort:
-        click.echo("aborted", err=True)
-        sys.exit(1)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
     except WavelatentError as error:
         if debug:
             raise
