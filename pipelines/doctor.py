@@ -41,6 +41,25 @@ def doctor(*, fetch: bool = False) -> dict[str, Any]:
     }
 
 
+def describe(report: dict[str, Any]) -> str:
+    """Return the report of :func:`doctor` as lines to read."""
+    devices = report["devices"]
+    operators = "load" if report["torchvision_operators"] else "do not load (nothing here needs them)"
+    lines = ["versions"]
+    lines += [f"  {name:<15} {version or 'not installed'}" for name, version in report["versions"].items()]
+    lines += [
+        "devices",
+        f"  CPU             {devices['cpus']} cores, {devices['threads']} threads in use",
+        f"  CUDA            {', '.join(devices['gpus']) if devices['cuda'] else 'none'}",
+        f"  torchvision's compiled operators {operators}",
+        f"metric weights (cache: {report['cache']})",
+    ]
+    for entry in report["metric_weights"].values():
+        state = f"present: {entry['origin']}" if entry["present"] else f"MISSING: {entry['how_to_get']}"
+        lines.append(f"  {entry['title']}\n    {state}")
+    return "\n".join(lines)
+
+
 def _weights(name: WeightsName, fetch: bool) -> dict[str, Any]:
     title = SOURCES[name].title
     try:

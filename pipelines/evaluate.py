@@ -110,6 +110,7 @@ def evaluate_generation(
     size: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
+    reference_seed: int = 0,
     device: str = "auto",
     mixed_precision: MixedPrecision = "no",
     overwrite: bool = False,
@@ -121,16 +122,17 @@ def evaluate_generation(
         samples: a folder of lossless images of one size, such as ``sample`` writes. Either this or ``run``.
         run: a stage-2 run folder; its samples are drawn in memory.
         num: how many samples; None is every one in the folder. A run needs it, or ``seeds``.
-        seeds: the seeds to sample a run with; None is ``0 .. num - 1``.
+        seeds: the seeds to sample a run with; None is ``num`` of them from ``seed`` on.
         sampler: for a run.
         steps: of the sampler.
         label: the class of every sample of a run; None is what ``sample`` does.
         out: folder (or ``.json`` file) for ``metrics.json``; by default in the samples' folder, or
             ``evaluation-generation`` in the run's.
-        num_reference: how many reference images, the first of the order drawn from ``seed``; None is all.
+        num_reference: how many reference images, the first of the order drawn from ``reference_seed``; None is all.
         size: side of the reference images in pixels; None is the data's own.
         batch_size: images per pass.
-        seed: draws the order of the reference images.
+        seed: the first seed to sample a run with, as in ``sample``.
+        reference_seed: draws the order of the reference images; another order is another cache entry.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         mixed_precision: of the sampling; metrics are always computed in float32.
         overwrite: measure again.
@@ -150,7 +152,7 @@ def evaluate_generation(
     elif run is not None and samples is None:
         source = RunSamples(
             run,
-            _seeds(num, seeds),
+            _seeds(num, seeds, seed),
             sampler=sampler,
             steps=steps,
             label=label,
@@ -160,10 +162,8 @@ def evaluate_generation(
         folder = run / "evaluation-generation"
     else:
         raise UsageError("give either --samples DIR, or --run RUN with --num N")
-    protocol = {
-        **_protocol(images, num_reference=len(choose_images(len(images), num_reference, seed)), seed=seed),
-        **source.protocol(),
-    }
+    reference_count = len(choose_images(len(images), num_reference, reference_seed))
+    protocol = {**_protocol(images, num_reference=reference_count, seed=reference_seed), **source.protocol()}
     path = _result_path(out, folder)
     if not overwrite and (done := _finished(path, protocol)):
         return done
@@ -171,17 +171,17 @@ def evaluate_generation(
     protocol["weights_sha256"] = extractor.weights_sha256
     stream = _one_size(source.batches(batch_size), images)
     first = next(stream)  # a wrong size shows before the reference is paid for
-    reference = reference_features(images, extractor, num=num_reference, seed=seed, batch_size=batch_size)
+    reference = reference_features(images, extractor, num=num_reference, seed=reference_seed, batch_size=batch_size)
     measured = measure_generation(
         itertools.chain([first], stream), reference=reference, extractor=extractor, total=len(source)
     )
     return _finish(measured, protocol, path, begin)
 
 
-def _seeds(num: int | None, seeds: Sequence[int] | None) -> Sequence[int]:
+def _seeds(num: int | None, seeds: Sequence[int] | None, first: int) -> Sequence[int]:
     if seeds is None and num is None:
         raise UsageError("--run needs --num N: how many samples to draw")
-    chosen = range(num or 0) if seeds is None else seeds[:num]
+    chosen = range(first, first + (num or 0)) if seeds is None else seeds[:num]
     if not chosen or (num is not None and len(chosen) < num):
         raise UsageError(f"--num {num}: ask for at least 1 sample, and no more than there are seeds")
     return chosen

@@ -1,7 +1,7 @@
 import json
 
 from wavelatent.common import metric_weights
-from wavelatent.pipelines.doctor import doctor
+from wavelatent.pipelines.doctor import describe, doctor
 
 
 def test_doctor_says_what_is_missing_and_how_to_get_it(monkeypatch, tmp_path):
@@ -29,3 +29,14 @@ def test_fetch_without_a_network_still_reports(monkeypatch, tmp_path):
     report = doctor(fetch=True)
     assert not report["ok"]
     assert "WAVELATENT_OFFLINE" in report["metric_weights"]["inception"]["how_to_get"]
+    assert describe(report).count("MISSING: ") == 3
+
+
+def test_the_text_tells_present_weights_from_missing_ones():
+    report = doctor()
+    report["metric_weights"]["vgg"] = {"title": "VGG", "present": False, "how_to_get": "ask for it"}
+    report["metric_weights"]["alex"] = {"title": "AlexNet", "present": True, "origin": "a file", "sha256": "0"}
+    text = describe(report)
+    assert "VGG\n    MISSING: ask for it" in text
+    assert "AlexNet\n    present: a file" in text
+    assert report["versions"]["torch"] in text

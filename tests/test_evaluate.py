@@ -137,7 +137,7 @@ def test_the_reference_is_paid_for_once_and_grows_from_what_is_there(data, sampl
     assert cost(num_reference=5) == 5
     assert cost(num_reference=5) == 0
     assert cost() == COUNT - 5, "the first five of the same order are kept"
-    assert cost(seed=1, num_reference=5) == 5, "another order is another reference"
+    assert cost(reference_seed=1, num_reference=5) == 5, "another order is another reference"
     Image.new("RGB", (SIZE, SIZE), "red").save(data / "000003.png")
     assert cost() == COUNT, "changed data is another reference"
 
@@ -221,6 +221,8 @@ def test_a_run_is_sampled_in_memory(data, samples, monkeypatch, tmp_path):
     assert drawn.metrics == pytest.approx(evaluate_generation(samples=samples, data=str(data)).metrics)
     assert (run / "evaluation-generation" / "metrics.json").exists()
     assert (drawn.protocol["sampler"], drawn.protocol["steps"], drawn.protocol["seeds"]) == ("euler", 3, "0-11")
+    evaluate_generation(run=run, num=2, seed=7, data=str(data), out=tmp_path)
+    assert asked[-1] == (run, [7, 8], "heun", 32)
     with pytest.raises(UsageError, match="--run needs --num"):
         evaluate_generation(run=run, data=str(data))
 
@@ -272,7 +274,7 @@ def test_the_real_networks_through_the_whole_command(data, monkeypatch):
 
     monkeypatch.setattr(evaluate, "InceptionFeatures", InceptionFeatures)
     try:
-        result = evaluate_reconstruction("half", str(data), num_images=6, batch_size=4)
+        result = evaluate_reconstruction("half", str(data), num_images=3, batch_size=2)
         if result.not_computed:
             pytest.skip("; ".join(result.not_computed.values()))
     finally:
