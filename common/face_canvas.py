@@ -51,13 +51,13 @@ class Draws:
     def table(self, *shape: int) -> NDArray[np.float32]:
         """Return uniform numbers in [0, 1) in an array of ``shape``."""
         words = self._bits.random_raw(int(np.prod(shape))) >> np.uint64(40)
-        unit: NDArray[np.float32] = words.astype(np.float32) / np.float32(1 << 24)
+        unit: NDArray[np.float32] = np.multiply(words, 2.0**-24, dtype=np.float64).astype(np.float32)
         return unit.reshape(shape)
 
 
 def rgb(red: float, green: float, blue: float) -> Color:
     """Return a colour from values in 0..255."""
-    return np.array([red, green, blue], dtype=np.float32).reshape(3, 1, 1) / 255
+    return np.array([red, green, blue], dtype=np.float32).reshape(3, 1, 1) / np.float32(255)
 
 
 def mix(first: Color, second: Color, amount: float) -> Color:

@@ -25,6 +25,9 @@ from .image_sources import SkippedFile, content_fingerprint
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
+SHARDS = ("images-*.npy", "labels-*.npy")
+TEMPORARY = tuple(f".{name}.*" for name in (MANIFEST, PROGRESS, *SHARDS))
+"""Patterns of what a killed process may leave behind."""
 
 R = TypeVar("R", bound="Record")
 

@@ -7,11 +7,12 @@ last, is what makes the folder a data set. See `common.prepared` for the format.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,6 +23,8 @@ from ..common.image_sources import Decoded, decode_item, ordered_map, require_fe
 from ..common.prepared import (
     MANIFEST,
     PROGRESS,
+    SHARDS,
+    TEMPORARY,
     Manifest,
     PreparedFolder,
     Progress,
@@ -37,6 +40,8 @@ from ..common.transforms import ImageTransform
 SHARD_IMAGES = 1024
 SHARD_BYTES = 1 << 28
 """A shard is built in memory: at most so many source images, and fewer where they are large."""
+UNKNOWN_LENGTH_PATIENCE = 10_000
+"""How much of a stream of unknown length is read before its fraction of bad images can stop it."""
 
 
 def prepare(
@@ -50,7 +55,7 @@ def prepare(
     streaming: bool = False,
     overwrite: bool = False,
     max_images: int | None = None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Turn ``data`` into the prepared folder ``out`` of ``size`` x ``size`` images.
 
     Args:
@@ -161,6 +166,7 @@ def _draw(faces: SyntheticFaces, index: int) -> Decoded:
 
 def _write_images(out: Path, source: _Source, max_bad_fraction: float, num_workers: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    _remove(out, TEMPORARY)
     progress = _read_progress(out, source)
     side = int(str(source.transform["size"]))
     shard_images = max(1, min(SHARD_IMAGES, SHARD_BYTES // (3 * side * side)))
@@ -168,7 +174,9 @@ def _write_images(out: Path, source: _Source, max_bad_fraction: float, num_worke
     with tqdm(desc=f"preparing {source.spec}", total=source.total, initial=progress.consumed, unit="img") as bar:
         while chunk := list(islice(items, shard_images)):
             progress = _add_shard(out, progress, chunk)
-            require_few_bad(source.spec, progress.skipped, source.total or progress.consumed, max_bad_fraction)
+            if source.total is not None or progress.consumed >= UNKNOWN_LENGTH_PATIENCE:
+                total = source.total or progress.consumed
+                require_few_bad(source.spec, progress.skipped, total, max_bad_fraction)
             write_record(out / PROGRESS, progress)
             bar.update(len(chunk))
     require_few_bad(source.spec, progress.skipped, progress.consumed, max_bad_fraction)
@@ -231,7 +239,7 @@ def _require_free(out: Path) -> None:
     """Raise `UsageError` when ``out`` holds anything that `prepare` did not write."""
     if out.is_file():
         raise UsageError(f"{out} is a file: name a folder for the prepared images")
-    if out.is_dir() and not is_prepared(out) and any(out.iterdir()):
+    if out.is_dir() and not is_prepared(out) and any(not path.name.startswith(".") for path in out.iterdir()):
         raise UsageError(f"{out} is not empty and not a prepared folder: name another --out")
 
 
@@ -239,12 +247,16 @@ def _remove_prepared(out: Path) -> None:
     """Remove an earlier request's files, the manifest first, so that a crash half-way leaves no false data set."""
     if not is_prepared(out):
         return
-    for pattern in (MANIFEST, "images-*.npy", "labels-*.npy", PROGRESS):
+    _remove(out, (MANIFEST, *SHARDS, PROGRESS))
+
+
+def _remove(out: Path, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
         for path in out.glob(pattern):
             path.unlink()
 
 
-def _summary(folder: PreparedFolder) -> dict[str, object]:
+def _summary(folder: PreparedFolder) -> dict[str, Any]:
     return {
         "out": str(folder.root),
         "count": len(folder),
