@@ -100,10 +100,16 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     """
     covariance1, covariance2 = first.covariance, second.covariance
     values, vectors = torch.linalg.eigh(covariance1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    trace_of_root = torch.linalg.eigvalsh(root @ covariance2 @ root).clamp(min=0).sqrt().sum()
+    root = (vectors * _root_of(values)) @ vectors.T
+    trace_of_root = _root_of(torch.linalg.eigvalsh(root @ covariance2 @ root)).sum()
     shift = (first.mean - second.mean).square().sum()
     return float(shift + covariance1.trace() + covariance2.trace() - 2 * trace_of_root)
+
+
+def _root_of(eigenvalues: Tensor) -> Tensor:
+    # Fewer images than features leave zero eigenvalues, which come out as rounding noise; the root would magnify it.
+    noise = eigenvalues.max() * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+    return torch.where(eigenvalues > noise, eigenvalues, 0.0).sqrt()
 
 
 @dataclass(frozen=True)

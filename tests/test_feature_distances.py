@@ -59,6 +59,17 @@ def test_frechet_distance_is_torch_fidelitys_also_with_fewer_images_than_feature
     assert frechet_distance(FeatureStatistics.of(first), FeatureStatistics.of(first)) == pytest.approx(0, abs=1e-6)
 
 
+def test_fewer_images_than_features_leave_no_rounding_noise():
+    first, second = _normal(10, 300, seed=4).double(), _normal(13, 300, seed=5, scale=0.5).double()
+    x, y = first - first.mean(dim=0), second - second.mean(dim=0)
+    trace_of_root = torch.linalg.svdvals(x @ y.T).sum() / (9 * 12) ** 0.5
+    expected = (first.mean(dim=0) - second.mean(dim=0)).square().sum() - 2 * trace_of_root
+    expected += x.square().sum() / 9 + y.square().sum() / 12
+    ours = frechet_distance(FeatureStatistics.of(first), FeatureStatistics.of(second))
+    assert ours == pytest.approx(expected.item(), rel=1e-10)
+    assert abs(frechet_distance(FeatureStatistics.of(first), FeatureStatistics.of(first))) < 1e-9
+
+
 def test_one_image_has_no_covariance():
     with pytest.raises(WavelatentError, match="at least 2"):
         frechet_distance(FeatureStatistics.of(_normal(1, 4, seed=0)), FeatureStatistics.of(_normal(5, 4, seed=1)))
