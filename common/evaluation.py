@@ -145,6 +145,7 @@ def _frechet(result: Measurement, name: str, statistics: FeatureStatistics, refe
         result.metrics[name] = frechet_distance(statistics, reference.statistics)
     except WavelatentError as error:
         result.not_computed[name] = str(error)
+        return
     fewer = min(statistics.count, len(reference))
     if fewer < SMALL_SAMPLE:
         result.protocol.setdefault("notes", []).append(
