@@ -27,7 +27,7 @@ from pydantic import BaseModel
 
 from .checkpoints import latest_checkpoint, replace_folder, write_json
 from .config import dump_yaml, parse_yaml
-from .errors import UsageError, WavelatentError
+from .errors import UsageError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -144,53 +144,59 @@ def peak_memory_bytes() -> int:
 class RunFolder:
     """One run on disk. Every process may hold one; only the main process writes.
 
-    Open it with :meth:`open`, which creates the folder, checks that a resumed run is the same run, and cuts from the
-    logs what came after the checkpoint it resumes from.
+    Building it checks that the folder is free, or holds the same run; nothing is written, and with ``overwrite``
+    nothing deleted, before :meth:`begin`, so that what fails in between (a size that does not divide) leaves no trace.
+
+    Args:
+        path: the folder.
+        config: the run's resolved configuration.
+        identity: what names its inputs, for ``inputs.json``; keys that end in ``fingerprint`` must not change.
+        overwrite: start again, whatever run of ours is there.
+        is_main: whether this process writes.
+
+    Raises :class:`UsageError` where the folder holds something else, naming the setting that differs.
     """
 
-    def __init__(self, path: Path, *, is_main: bool = True) -> None:
-        self.path = path
-        self.is_main = is_main
-        self._writer: Any = None
-
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         path: Path,
         config: BaseModel,
         identity: Mapping[str, Any],
         *,
         overwrite: bool = False,
         is_main: bool = True,
-    ) -> RunFolder:
-        """Create or reopen a run of ``config`` on the inputs that ``identity`` names (file ``inputs.json``).
+    ) -> None:
+        self.path, self.config, self.identity = path, config, identity
+        self.overwrite, self.is_main = overwrite, is_main
+        self._writer: Any = None
+        _refuse_foreign(path)
+        if self.checkpoint is not None:
+            self._check_same()
 
-        Raises :class:`UsageError` where the folder holds another run, naming the setting that differs.
-        """
-        run = cls(path, is_main=is_main)
-        if not is_main:
-            return run
-        if overwrite and path.exists():
-            _refuse_foreign(path)
-            shutil.rmtree(path)
-        if (path / "config.yaml").exists():
-            run._check_same(config, identity)
-        else:
-            _refuse_foreign(path)
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "inputs.json", identity)
-        _write_text(path / "config.yaml", dump_yaml(config))
-        run._record_environment()
-        step = int(latest.name.rpartition("-")[2]) if (latest := latest_checkpoint(path)) else 0
-        run._cut_metrics(step)
-        return run
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, or None to start at the beginning."""
+        return None if self.overwrite else latest_checkpoint(self.path)
 
-    def _check_same(self, config: BaseModel, identity: Mapping[str, Any]) -> None:
+    def begin(self) -> None:
+        """Create the folder, record what runs, and cut from the log what came after the checkpoint."""
+        if not self.is_main:
+            return
+        checkpoint = self.checkpoint
+        if self.overwrite:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "inputs.json", self.identity)
+        _write_text(self.path / "config.yaml", dump_yaml(self.config))
+        self._record_environment()
+        self._cut_metrics(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+
+    def _check_same(self) -> None:
         old = parse_yaml((self.path / "config.yaml").read_text(encoding="utf-8"), str(self.path / "config.yaml"))
-        new = config.model_dump(mode="json")
+        new = self.config.model_dump(mode="json")
         old_inputs = json.loads((self.path / "inputs.json").read_text(encoding="utf-8"))
         differing = [key for key in _differences(old, new) if key not in MAY_CHANGE]
-        differing += [key for key in _differences(old_inputs, dict(identity)) if key.endswith("fingerprint")]
+        differing += [key for key in _differences(old_inputs, dict(self.identity)) if key.endswith("fingerprint")]
         if differing:
             raise UsageError(
                 f"{self.path} holds a run with another {', '.join(differing)}; "
@@ -220,7 +226,7 @@ class RunFolder:
 
     def finished(self, steps: int) -> bool:
         """Return whether the run was done with ``steps`` steps or more, and its model is there."""
-        status = self.status
+        status = {} if self.overwrite else self.status
         return status.get("state") == "done" and status["step"] >= steps and (self.path / "model").is_dir()
 
     def set_status(self, state: str, step: int, of: int, eta_seconds: float | None = None, **more: Any) -> None:
@@ -345,12 +351,3 @@ class StopRequest:
             return reason
         flag = torch.tensor([reason is not None], device=accelerator.device, dtype=torch.float32)
         return (reason or "another process") if accelerator.reduce(flag, "sum").item() > 0 else None
-
-
-def require_finite(name: str, value: float, step: int) -> None:
-    """Raise :class:`WavelatentError` naming the term that is not finite."""
-    if not abs(value) < float("inf"):
-        raise WavelatentError(
-            f"{name} is {value} at step {step}: stopped with the last good state saved; "
-            "lower the learning rate or this term's weight and run the same command again"
-        )

@@ -128,3 +128,14 @@ def clip_gradients(accelerator: Accelerator, parameters: Iterable[Tensor], max_n
     norm = accelerator.clip_grad_norm_(parameters, max_norm)
     assert norm is not None
     return norm
+
+
+def scaler_state(accelerator: Accelerator) -> dict[str, float] | None:
+    """Return the fp16 loss scaler's state for a checkpoint's counters, or None where there is no scaler."""
+    return None if accelerator.scaler is None else accelerator.scaler.state_dict()
+
+
+def restore_scaler(accelerator: Accelerator, state: dict[str, float] | None) -> None:
+    """Load what :func:`scaler_state` returned."""
+    if accelerator.scaler is not None and state:
+        accelerator.scaler.load_state_dict(state)

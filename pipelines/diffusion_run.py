@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from ..common.errors import WavelatentError
 from ..common.latent_cache import LatentCache
 from ..stage1_autoencoder.autoencoder import Autoencoder
 from ..stage2_diffusion.model import LatentDiffusion
+from .loading import load_autoencoder, load_model_folder
 
 
 def inputs_of(cache: LatentCache) -> dict[str, Any]:
@@ -46,12 +45,7 @@ def load_diffusion(run: Path) -> LatentDiffusion:
     folder = run / "model"
     if not (folder / "model.safetensors").is_file():
         raise WavelatentError(f"{run} has no model yet: run its train-diffusion command until it has saved one")
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # the hub's mixin prints
-            model = LatentDiffusion.from_pretrained(folder, local_files_only=True, strict=True)
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise WavelatentError(f"{folder}: the model cannot be loaded: {' '.join(str(error).split())}") from error
-    return model.eval().requires_grad_(False)
+    return load_model_folder(LatentDiffusion, folder)
 
 
 def recorded_autoencoder(record: dict[str, Any], given: str | Autoencoder | None = None) -> Autoencoder:
@@ -60,8 +54,6 @@ def recorded_autoencoder(record: dict[str, Any], given: str | Autoencoder | None
     ``given`` is used in place of the recorded path, for an autoencoder that has moved. Raises
     :class:`WavelatentError` where it cannot be loaded, or is another one than the latents were made with.
     """
-    from .loading import load_autoencoder
-
     source = record["path"] if given is None else given
     autoencoder = load_autoencoder(source) if isinstance(source, str) else source.eval()
     fingerprint = autoencoder.fingerprint()

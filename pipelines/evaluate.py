@@ -20,6 +20,7 @@ from ..common.lpips_metric import LpipsNet, PerceptualDistance
 from ..common.metric_weights import MissingWeightsError
 from ..common.reference_features import choose_images, reference_features, uint8_batches
 from ..common.runtime import MixedPrecision, autocast, check_precision, environment, resolve_device
+from .loading import load_autoencoder
 from .sample_sources import RunSamples, SampleFolder, SampleSource
 
 if TYPE_CHECKING:
@@ -63,8 +64,6 @@ def evaluate_reconstruction(
     Raises:
         UsageError: the image size does not suit the autoencoder, or there are fewer images than asked for.
     """
-    from .loading import load_autoencoder
-
     begin = time.monotonic()
     place = resolve_device(device)
     check_precision(place, mixed_precision)

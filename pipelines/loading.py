@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..common.errors import UsageError, WavelatentError
 from ..stage1_autoencoder.autoencoder import Autoencoder
+from ..stage2_diffusion.model import LatentDiffusion
+
+M = TypeVar("M", Autoencoder, LatentDiffusion)
 
 
 def model_folder(spec: str | Path) -> Path:
@@ -32,7 +37,7 @@ def load_autoencoder(spec: str | Path) -> Autoencoder:
     folder = model_folder(spec)
     if "encoder" not in _read_config(folder):
         raise UsageError(f"{spec}: holds no autoencoder; give the run of train-ae")
-    return _load(Autoencoder, folder).eval().requires_grad_(False)
+    return load_model_folder(Autoencoder, folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -42,9 +47,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise WavelatentError(f"{folder}/config.json cannot be read: {error}") from error
 
 
-def _load(model: Any, folder: Path) -> Any:
-    """Load strictly from the folder alone, never from a hub."""
+def load_model_folder(model: type[M], folder: Path) -> M:
+    """Return a saved model in eval mode, float32, on the CPU, from its folder alone and strictly.
+
+    Raises :class:`WavelatentError` where its files are missing or do not belong together.
+    """
     try:
-        return model.from_pretrained(folder, local_files_only=True, strict=True)
-    except (OSError, RuntimeError, ValueError) as error:
+        with contextlib.redirect_stdout(sys.stderr):  # the hub's mixin prints
+            loaded = model.from_pretrained(folder, local_files_only=True, strict=True)
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise WavelatentError(f"{folder}: the model cannot be loaded: {' '.join(str(error).split())}") from error
+    return loaded.eval().requires_grad_(False)

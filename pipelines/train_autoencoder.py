@@ -24,8 +24,7 @@ def train_autoencoder(config: AutoencoderRunConfig, *, data: ImageData, out: Pat
             "kind": "autoencoder",
             "data": {"spec": data.spec, "fingerprint": data.fingerprint(), "transform": data.transform},
         }
-        run = RunFolder.open(out, config, identity, overwrite=options.overwrite, is_main=accelerator.is_main_process)
-        accelerator.wait_for_everyone()
+        run = RunFolder(out, config, identity, overwrite=options.overwrite, is_main=accelerator.is_main_process)
         if run.finished(config.train.steps):
             return False
         try:

@@ -32,10 +32,7 @@ def train_diffusion(config: DiffusionRunConfig, *, latents: Path, out: Path, opt
         accelerator = make_accelerator(options, config.train.gradient_accumulation)
         cache = LatentCache.open(latents)
         model = build_model(config, cache)
-        run = RunFolder.open(
-            out, config, inputs_of(cache), overwrite=options.overwrite, is_main=accelerator.is_main_process
-        )
-        accelerator.wait_for_everyone()
+        run = RunFolder(out, config, inputs_of(cache), overwrite=options.overwrite, is_main=accelerator.is_main_process)
         if run.finished(config.train.steps):
             return False
         trainer = DiffusionTrainer(

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..common.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
+from ..common.checkpoints import Checkpoint, save_checkpoint
 from ..common.config import Config
 from ..common.ema import EMA, EMAConfig
 from ..common.errors import Stopped, WavelatentError
@@ -30,6 +30,8 @@ from ..common.training import (
     due,
     first_non_finite,
     progress_bar,
+    restore_scaler,
+    scaler_state,
     seed_step,
     set_learning_rate,
 )
@@ -121,11 +123,12 @@ class AutoencoderTrainer:
         if self.discriminator is not None:
             self._modules["discriminator"] = self.discriminator
             self._optimizers["discriminator_optimizer"] = adam(self.discriminator)
-        if (path := latest_checkpoint(self.run.path)) is not None:
+        if (path := self.run.checkpoint) is not None:
             checkpoint = Checkpoint.open(path)
             checkpoint.restore(self._modules, self._optimizers)
             self.step = checkpoint.step
             self._seconds_before = float(checkpoint.counters["seconds"])
+            restore_scaler(self.accelerator, checkpoint.counters["scaler"])
         prepare = self.accelerator.prepare
         self.wrapped_autoencoder = prepare(self.autoencoder)
         self.autoencoder_optimizer = prepare(self._optimizers["autoencoder_optimizer"])
@@ -141,6 +144,7 @@ class AutoencoderTrainer:
     def train(self, stop: StopRequest) -> None:
         """Train to the last step. Raises :class:`Stopped` when asked to stop; everything is saved then."""
         config = self.config
+        self.run.begin()
         clock = Clock(self._seconds_before, self.step)
         batches = self._batches()
         with progress_bar("train-ae", self.step, config.steps, is_main=self.accelerator.is_main_process) as bar:
@@ -273,7 +277,11 @@ class AutoencoderTrainer:
                 self.step,
                 modules=self._modules,
                 optimizers=self._optimizers,
-                counters={"images": self.images_seen, "seconds": clock.seconds},
+                counters={
+                    "images": self.images_seen,
+                    "seconds": clock.seconds,
+                    "scaler": scaler_state(self.accelerator),
+                },
                 keep=self.config.keep,
             )
             self.run.save_model(self.ema.model)

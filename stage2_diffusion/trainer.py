@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..common.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
+from ..common.checkpoints import Checkpoint, save_checkpoint
 from ..common.config import Config
 from ..common.ema import EMA, EMAConfig
 from ..common.errors import Stopped, WavelatentError
@@ -34,6 +34,8 @@ from ..common.training import (
     due,
     first_non_finite,
     progress_bar,
+    restore_scaler,
+    scaler_state,
     seed_step,
     set_learning_rate,
 )
@@ -113,13 +115,12 @@ class DiffusionTrainer:
         adam = torch.optim.Adam(self.model.parameters(), lr=0.0, betas=self.config.betas, fused=True)
         self._modules = {"model": self.model, "ema": self.ema.model}
         self._optimizers = {"optimizer": adam}
-        if (path := latest_checkpoint(self.run.path)) is not None:
+        if (path := self.run.checkpoint) is not None:
             checkpoint = Checkpoint.open(path)
             checkpoint.restore(self._modules, self._optimizers)
             self.step = checkpoint.step
             self._seconds_before = float(checkpoint.counters["seconds"])
-            if self.accelerator.scaler is not None and checkpoint.counters["scaler"]:
-                self.accelerator.scaler.load_state_dict(checkpoint.counters["scaler"])
+            restore_scaler(self.accelerator, checkpoint.counters["scaler"])
         self.wrapped_model, self.optimizer = self.accelerator.prepare(self.model, adam)
 
     @property
@@ -134,6 +135,7 @@ class DiffusionTrainer:
         finite; everything is saved then.
         """
         config = self.config
+        self.run.begin()
         clock, speed = Clock(self._seconds_before, self.step), Speed(self.step)
         bar = progress_bar("train-diffusion", self.step, config.steps, is_main=self.accelerator.is_main_process)
         with bar, prefetched(self._batches()) as batches:
@@ -233,7 +235,6 @@ class DiffusionTrainer:
     def _save(self, clock: Clock, state: str) -> None:
         """Write a checkpoint and the model folder; ``state`` goes into status.json."""
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
             save_checkpoint(
                 self.run.path,
                 self.step,
@@ -242,7 +243,7 @@ class DiffusionTrainer:
                 counters={
                     "images": self.images_seen,
                     "seconds": clock.seconds,
-                    "scaler": None if scaler is None else scaler.state_dict(),
+                    "scaler": scaler_state(self.accelerator),
                 },
                 keep=self.config.keep,
             )

@@ -1,12 +1,39 @@
 """Registers the checkout as the namespace ``wavelatent`` before any test imports it."""
 
 import sys
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pytest
 import torch
 
 import cli  # noqa: F401
 
 # One thread per test process: the tests are small, and run side by side.
 torch.set_num_threads(1)
+
+
+@lru_cache
+def _perceptual_distance(net: str):
+    from wavelatent.common.lpips_metric import PerceptualDistance
+    from wavelatent.common.metric_weights import MissingWeightsError
+
+    try:
+        return PerceptualDistance(net)
+    except MissingWeightsError as error:
+        return str(error)
+
+
+@pytest.fixture
+def perceptual_distance() -> Callable[[str], torch.nn.Module]:
+    """Return LPIPS by its network's name; the test is skipped, with the reason, where its weights cannot be had."""
+
+    def get(net: str) -> torch.nn.Module:
+        found = _perceptual_distance(net)
+        if isinstance(found, str):
+            pytest.skip(found)
+        return found
+
+    return get

@@ -86,7 +86,7 @@ def tiny(monkeypatch, tmp_path) -> None:
     TinyInception.images_seen = 0
     monkeypatch.setattr(evaluate, "InceptionFeatures", TinyInception)
     monkeypatch.setattr(reference_features, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr("wavelatent.pipelines.loading.load_autoencoder", lambda spec: HalfSize())
+    monkeypatch.setattr("wavelatent.pipelines.evaluate.load_autoencoder", lambda spec: HalfSize())
 
 
 @pytest.fixture

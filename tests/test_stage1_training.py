@@ -14,9 +14,10 @@ from wavelatent.pipelines.loading import load_autoencoder
 from wavelatent.pipelines.run_config import AutoencoderRunConfig
 from wavelatent.pipelines.train_autoencoder import train_autoencoder
 from wavelatent.stage1_autoencoder import trainer as trainer_module
+from wavelatent.stage1_autoencoder.autoencoder import Autoencoder
 from wavelatent.stage1_autoencoder.discriminators import DISCRIMINATORS
 from wavelatent.stage1_autoencoder.losses import hinge_discriminator, hinge_generator, l1
-from wavelatent.stage1_autoencoder.objective import weighted_total
+from wavelatent.stage1_autoencoder.objective import reconstruction_terms, weighted_total
 from wavelatent.stage1_autoencoder.trainer import AutoencoderTrainer
 
 CPU = RuntimeOptions(device="cpu")
@@ -158,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_term_and_saves_the_st
 
 def build_trainer(tmp_path, data, settings: Config) -> AutoencoderTrainer:
     accelerator = make_accelerator(CPU, settings.train.gradient_accumulation)
-    run = RunFolder.open(tmp_path, settings, {})
+    run = RunFolder(tmp_path, settings, {})
     return AutoencoderTrainer(
         settings.model, settings.objective, settings.train, data=data, seed=0, run=run, accelerator=accelerator
     )
@@ -239,3 +240,13 @@ def test_the_total_is_the_weighted_sum_and_needs_every_weight():
     assert weighted_total(terms, {"l1": 0.5, "kl": 2.0, "lpips": 1.0}).item() == 7.0
     with pytest.raises(KeyError):
         weighted_total(terms, {"l1": 0.5})
+
+
+def test_the_gradient_of_lpips_alone_reaches_the_whole_autoencoder(perceptual_distance):
+    """Under ``no_grad`` somewhere on the way, as in many training codes, all of these would be None or zero."""
+    autoencoder = Autoencoder(config().model).train()
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    settings = config(objective__l1_weight=0, objective__lpips={"weight": 1.0, "share": 0.5}).objective
+    terms = reconstruction_terms(settings, autoencoder(images).images, images, perceptual_distance("vgg"))
+    terms["lpips"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in autoencoder.parameters())

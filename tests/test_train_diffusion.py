@@ -4,9 +4,7 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,8 +90,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def autoencoder(monkeypatch: pytest.MonkeyPatch) -> TinyAutoencoder:
     model = TinyAutoencoder()
-    loading = SimpleNamespace(load_autoencoder=lambda spec: model)
-    monkeypatch.setitem(sys.modules, "wavelatent.pipelines.loading", loading)
+    monkeypatch.setattr("wavelatent.pipelines.diffusion_run.load_autoencoder", lambda spec: model)
     return model
 
 
@@ -102,8 +99,7 @@ def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A class-conditional run of a few steps."""
     out = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        loading = SimpleNamespace(load_autoencoder=lambda spec: TinyAutoencoder())
-        patch.setitem(sys.modules, "wavelatent.pipelines.loading", loading)
+        patch.setattr("wavelatent.pipelines.diffusion_run.load_autoencoder", lambda spec: TinyAutoencoder())
         assert train_diffusion(
             config(class_conditional=True, train={"sample_every": 4}), latents=cache, out=out, options=CPU
         )

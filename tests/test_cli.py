@@ -1,0 +1,157 @@
+"""The command line end to end in one process: results on stdout, progress on stderr, exit codes, nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ["--data", "synthetic:16", "--size", "32"]
+AE = ["train-ae", "ae-tiny", "objective.lpips.weight=0", "model.encoder.num_res_blocks=1", *DATA, "--device", "cpu"]
+UNET = ["train-diffusion", "unet-tiny", "model.channels=32", "model.multipliers=[1,2]", "model.attention_levels=[1]"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line; return its exit code, its stdout and its stderr."""
+
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["wavelatent", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pipeline")
+
+
+def test_the_pipeline_command_by_command(run, folder, monkeypatch):
+    """Train, encode, train again, sample and measure, each twice: the second time it has nothing to do."""
+    monkeypatch.setenv("WAVELATENT_CACHE", str(folder / "no-weights-here"))
+    monkeypatch.setenv("WAVELATENT_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(folder / "nor-here"))
+    monkeypatch.delenv("WAVELATENT_WEIGHTS", raising=False)
+    train_ae = [*AE, "--out", folder / "ae", "--max-steps", 3, "--batch-size", 4, "--checkpoint-every", 2, "--json"]
+    for finished in (False, True):
+        code, out, _ = run(*train_ae)
+        assert code == 0
+        result = json.loads(out)
+        assert (result["state"], result["step"], result["already_finished"]) == ("done", 3, finished)
+
+    encode = ["encode", "--ae", folder / "ae", *DATA, "--out", folder / "cache", "--json", "--seed", 1]
+    for finished in (False, True):
+        code, out, _ = run(*encode)
+        assert code == 0
+        assert json.loads(out)["already_complete"] is finished
+
+    train_unet = [*UNET, "--latents", folder / "cache", "--out", folder / "unet", "--max-steps", 3, "--batch-size", 4]
+    for finished in (False, True):
+        code, out, _ = run(*train_unet, "--json")
+        assert code == 0
+        assert json.loads(out)["already_finished"] is finished
+
+    sample = ["sample", "--run", folder / "unet", "--out", folder / "samples", "--steps", 3, "--json"]
+    code, out, _ = run(*sample, "--num", 3, "--seed", 4)
+    assert code == 0
+    assert json.loads(out)["written"] == 3
+    code, out, _ = run(*sample, "--seeds", "4-6,9")
+    assert (code, json.loads(out)["written"]) == (0, 1)
+    names = sorted(path.name for path in (folder / "samples").glob("*.png"))
+    assert names == ["000004.png", "000005.png", "000006.png", "000009.png"]
+    assert Image.open(folder / "samples" / names[0]).size == (32, 32)
+
+    code, out, err = run("evaluate", "reconstruction", "--ae", folder / "ae", *DATA, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert 0 < result["metrics"]["psnr"] < 60
+    assert "rfid" not in result["metrics"]
+    assert result["not_computed"]["rfid"]
+    code, out, err = run("evaluate", "generation", "--samples", folder / "samples", *DATA)
+    assert code == 1  # without the weights there is nothing it could measure
+    assert "WAVELATENT_OFFLINE" in err
+    assert err.strip().count("\n") == 0
+
+
+def test_another_autoencoder_or_data_set_is_refused_by_name(run, folder):
+    code, _, err = run(
+        "encode", "--ae", folder / "ae", "--data", "synthetic:15", "--size", 32, "--out", folder / "cache"
+    )
+    assert code == 1
+    assert "data" in err
+    code, _, err = run(*AE, "model.channels=8", "--out", folder / "ae")
+    assert code == 2
+    assert "model.channels" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "fragment"),
+    [
+        (["train-ae", "ae-tiny", "train.stpes=1", *DATA, "--out", "x"], 2, "did you mean 'steps'"),
+        (["train-ae", "ae-tinny", *DATA, "--out", "x"], 2, "did you mean 'ae-tiny'"),
+        (["train-ae", "ae-tiny", "--data", "nowhere", "--out", "x"], 2, "nowhere"),
+        (["train-ae", "ae-tiny", *DATA], 2, "--out"),
+        ([*AE, "--out", "x", "--mixed-precision", "fp16"], 2, "use bf16 or no"),
+        ([*AE, "--out", "x", "train.gradient_accumulation=3"], 2, "train.batch_size"),
+        (["train-ae", "litevae-s", "--data", "synthetic:4", "--size", "36", "--out", "x"], 2, "36 px do not divide"),
+        (["encode", "--ae", "nowhere", *DATA, "--out", "x"], 2, "nowhere"),
+        (["sample", "--run", "nowhere", "--out", "x", "--num", "1"], 1, "nowhere"),
+        (["sample", "--run", "nowhere", "--out", "x"], 2, "--num N or --seeds"),
+        (["sample", "--run", "nowhere", "--out", "x", "--seeds", "5-1"], 2, "empty"),
+        (["sample", "--run", "nowhere", "--out", "x", "--seeds", "some"], 2, "0-49999"),
+        (["smaple"], 2, "smaple"),
+    ],
+)
+def test_wrong_input_gets_one_line_and_its_exit_code(run, tmp_path, monkeypatch, arguments, code, fragment):
+    monkeypatch.chdir(tmp_path)
+    got, out, err = run(*arguments)
+    assert got == code
+    assert fragment in err
+    assert out == ""
+    assert err.strip().splitlines()[-1].lower().startswith(("error:", "error "))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_prints_the_resolved_config_and_writes_nothing(run, tmp_path):
+    code, out, _ = run(*AE, "--out", tmp_path / "x", "--max-steps", 7, "--seed", 3, "--json", "--dry-run")
+    config = json.loads(out)
+    assert code == 0
+    assert (config["train"]["steps"], config["seed"], config["model"]["encoder"]["num_res_blocks"]) == (7, 3, 1)
+    assert not (tmp_path / "x").exists()
+
+
+def test_sigterm_saves_exits_75_and_the_same_command_goes_on(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "cli.py"), *AE, "--out", str(out), "train.log_every=1", "--batch-size", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--max-steps", "100000"], stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 240
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 75, err
+    assert "stopped by SIGTERM" in err
+    status = json.loads((out / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert (out / "checkpoints" / f"checkpoint-{status['step']}").is_dir()
+    step = status["step"] + 2
+    done = subprocess.run([*command, "--max-steps", str(step)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, step + 1))
