@@ -314,6 +314,61 @@ def doctor(as_json: bool, fetch: bool) -> None:
     _emit(result, as_json, describe(result))
 
 
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=FOLDER)
+@OUT
+@click.option("--data", default=None, help="Reconstruct images of this data set instead of showing saved grids.")
+@click.option("--title", default=None, help="Heading of the page.")
+@NO_SEED
+@JSON
+def report(as_json: bool, **arguments: Any) -> None:
+    """Write a comparison page of any finished runs."""
+    from wavelatent.pipelines.report import report as run
+
+    page = run(**_given(arguments))
+    _emit({"report": str(page)}, as_json, f"report: {page}")
+
+
+@cli.command()
+@click.argument("source", metavar="CONFIG|RUN")
+@click.argument("overrides", nargs=-1, metavar="[key=value]...")
+@SIZE
+@click.option("--latent-shape", type=int, nargs=3, default=None, metavar="C H W", help="For a stage-2 config.")
+@NO_SEED
+@JSON
+def info(as_json: bool, **arguments: Any) -> None:
+    """Count parameters per part, the latent shape and FLOPs per image."""
+    from wavelatent.pipelines.info import info as run
+
+    result = run(**_given(arguments))
+    _emit(result, as_json, "\n".join(_lines(result)))
+
+
+def _lines(result: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return ``dotted.key: value`` for every value of nested dictionaries."""
+    lines = []
+    for key, value in result.items():
+        inner = isinstance(value, dict)
+        lines += _lines(value, f"{prefix}{key}.") if inner else [f"{prefix}{key}: {_number(value)}"]
+    return lines
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+@cli.command()
+@click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Where to write.")
+@NO_SEED
+@JSON
+def demo(out: Path, as_json: bool) -> None:
+    """Run the whole pipeline on the built-in synthetic faces, on a CPU, in minutes; ends with a report."""
+    from wavelatent.pipelines.demo import demo as run
+
+    page = run(out)
+    _emit({"report": str(page)}, as_json, f"report: {page}")
+
+
 def main() -> None:
     """Run the command line; an expected failure is one line on stderr and its exit code."""
     debug = "--debug" in sys.argv
