@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from .config import Config
 
@@ -43,7 +43,8 @@ class EMA(Generic[M]):
     def update(self, model: nn.Module, images_seen: int, batch_images: int) -> None:
         """Fold the weights of ``model`` in, after a step of ``batch_images`` images, ``images_seen`` in all."""
         weight = 1 - self.decay(images_seen, batch_images)
-        averaged, current = list(self.model.parameters()), list(model.parameters())
+        averaged: list[Tensor] = list(self.model.parameters())
+        current: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averaged, current, weight)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)

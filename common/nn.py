@@ -66,7 +66,7 @@ class ResBlock(nn.Module):
         assert (embedding is None) == (self.modulation is None), "an embedding goes with embedding_channels"
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.norm2(h)
-        if self.modulation is not None:
+        if self.modulation is not None and embedding is not None:
             scale, shift = self.modulation(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
             h = h * (1 + scale) + shift
         h = self.conv2(self.dropout(F.silu(h)))

@@ -98,7 +98,7 @@ def make_accelerator(options: RuntimeOptions, gradient_accumulation_steps: int =
 
 def environment() -> dict[str, Any]:
     """Return versions, git commit, hardware and command line, for ``environment.json``."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -6,6 +6,7 @@ level, concatenated, and an aggregation net turns them into the bottleneck's inp
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -103,21 +104,18 @@ class LiteVAEEncoder(nn.Module):
         super().__init__()
         self.config = config
         (width, multipliers), (agg_width, agg_multipliers) = SIZES[config.size]
-        common = {"num_res_blocks": config.num_res_blocks, "dropout": config.dropout}
+        net = partial(FlatUNet, num_res_blocks=config.num_res_blocks, dropout=config.dropout)
         self.extract = nn.ModuleList(
-            FlatUNet(BAND_CHANNELS, BAND_CHANNELS, width=width, multipliers=multipliers, **common)
-            for _ in range(config.levels)
+            net(BAND_CHANNELS, BAND_CHANNELS, width=width, multipliers=multipliers) for _ in range(config.levels)
         )
-        self.aggregate = FlatUNet(
-            BAND_CHANNELS * config.levels, out_channels, width=agg_width, multipliers=agg_multipliers, **common
-        )
+        self.aggregate = net(BAND_CHANNELS * config.levels, out_channels, width=agg_width, multipliers=agg_multipliers)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the bottleneck's input. Raises ``ValueError`` where the sides do not divide."""
         levels = wavelet_levels(images, self.config.levels, self.config.wavelet)
-        coarsest = levels[-1].shape[-2:]
+        height, width = levels[-1].shape[-2:]
         # The paper does not name the resampling; it has no parameters (their counts leave no room), so: area averaging.
         features = [
-            F.adaptive_avg_pool2d(net(bands), coarsest) for net, bands in zip(self.extract, levels, strict=True)
+            F.adaptive_avg_pool2d(net(bands), (height, width)) for net, bands in zip(self.extract, levels, strict=True)
         ]
         return self.aggregate(torch.cat(features, dim=1))

@@ -7,6 +7,8 @@ Coefficients of level ``l`` come as 4 bands per image channel, in the order (LL,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,8 @@ def _bands(images: Tensor, wavelet: str) -> Tensor:
         return haar_bands(images)
     import ptwt
 
-    low, (horizontal, vertical, diagonal) = ptwt.wavedec2(images, wavelet, level=1, mode="periodic")
+    coefficients: Any = ptwt.wavedec2(images, wavelet, level=1, mode="periodic")
+    low, details = coefficients
     # On a periodic image the coefficients repeat after half its side; ptwt returns a few of the repeats as well.
     height, width = images.shape[-2] // 2, images.shape[-1] // 2
-    return torch.cat([low, horizontal, vertical, diagonal], dim=1)[..., :height, :width]
+    return torch.cat([low, *details], dim=1)[..., :height, :width]

@@ -51,7 +51,11 @@ ObjectiveConfig = EDMConfig
 class Objective(Protocol):
     """What distinguishes one training objective from another."""
 
-    preconditioning: Preconditioning
+    @property
+    def preconditioning(self) -> Preconditioning:
+        """Scalings and loss weight as functions of the noise level."""
+        ...
+
     sigma_min: float
     sigma_max: float
 

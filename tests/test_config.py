@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
+
 from wavelatent.common.config import Config, dump_yaml, find_config, load_config, preset_names
 from wavelatent.common.errors import UsageError
 
