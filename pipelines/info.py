@@ -1,0 +1,143 @@
+"""``info``: the size and the cost of a configuration or a run, without training or loading anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn, no_grad, randn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..common.config import find_config, load_config, parse_yaml
+from ..common.errors import UsageError, WavelatentError
+from ..stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
+from ..stage1_autoencoder.discriminators import DISCRIMINATORS
+from ..stage2_diffusion.unet import UNet, UNetConfig
+from .diffusion_config import DiffusionRunConfig
+from .run_config import AutoencoderRunConfig
+
+IMAGE_SIZE = 256
+"""For a stage-1 configuration: the size that papers report costs at."""
+LATENT_SHAPES = {"unet-tiny": (4, 16, 16)}
+DEFAULT_LATENT_SHAPE = (4, 32, 32)
+"""For a stage-2 configuration, whose latents are the cache's: 256 px through the usual f = 8 and 4 channels."""
+
+
+def info(
+    source: str,
+    *,
+    overrides: Sequence[str] = (),
+    size: int | None = None,
+    latent_shape: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Return parameters per part, the latents' shape and FLOPs per image of a configuration or a run.
+
+    Parameters are counted and operations traced on tensors without data, so the largest preset takes seconds.
+
+    Args:
+        source: a preset's name, a YAML file of either stage, or a run folder.
+        overrides: ``key=value``, over a configuration.
+        size: image size in pixels, for stage 1; by default the run's, or 256 for a configuration.
+        latent_shape: ``[C, h, w]``, for a stage-2 configuration; by default ``[4, 16, 16]`` for ``unet-tiny`` and
+            ``[4, 32, 32]`` for the others. A run has its own.
+
+    Returns:
+        ``{"kind", "parameters", "latent_shape", "flops"}``, for stage 1 also ``size``. ``parameters`` has ``encoder``,
+        ``decoder``, ``discriminator`` (where the objective has one; it is not part of the model, nor of ``total``)
+        and ``total``; or ``denoiser``. ``flops`` per image, a multiply-add counted as 2, of convolutions, matrix
+        products and attention: ``encode`` and ``decode``; or ``denoise``, one call of the denoiser.
+
+    Raises:
+        UsageError: there is no such configuration or run, or an option does not fit it.
+    """
+    path = Path(source)
+    inputs: dict[str, Any] = {}
+    if path.is_dir():
+        if overrides:
+            raise UsageError(f"{source} is a run: key=value overrides are for configurations")
+        source, inputs = str(path / "config.yaml"), _read_inputs(path)
+    if is_diffusion_config(source):
+        if size is not None:
+            raise UsageError(f"{source} configures a denoiser: give the latent shape, not an image size")
+        shape = latent_shape or (inputs["latents"]["shape"] if inputs else LATENT_SHAPES.get(source))
+        classes = int(inputs["data"].get("num_classes", 0)) if inputs else 0
+        config = load_config(DiffusionRunConfig, source, overrides)
+        return _denoiser(config, shape or DEFAULT_LATENT_SHAPE, classes)
+    if latent_shape is not None:
+        raise UsageError(f"{source} configures an autoencoder: its latent shape follows from the image size")
+    size = size or (int(inputs["data"]["transform"]["size"]) if inputs else IMAGE_SIZE)
+    return _autoencoder(load_config(AutoencoderRunConfig, source, overrides), size)
+
+
+def is_diffusion_config(source: str) -> bool:
+    """Return whether the preset or YAML file ``source`` is of stage 2, by the keys of its ``model``."""
+    content = parse_yaml(find_config(source).read_text(encoding="utf-8"), source)
+    model = content.get("model") if isinstance(content, dict) else None
+    keys = set(model) if isinstance(model, dict) else set()
+    return len(keys & set(UNetConfig.model_fields)) > len(keys & set(AutoencoderConfig.model_fields))
+
+
+def _read_inputs(run: Path) -> dict[str, Any]:
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"{run} is not a run folder: it has no config.yaml")
+    try:
+        return json.loads((run / "inputs.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WavelatentError(f"{run} is not a whole run folder: its inputs.json cannot be read ({error})") from error
+
+
+def _autoencoder(config: AutoencoderRunConfig, size: int) -> dict[str, Any]:
+    with FakeTensorMode():
+        try:
+            model = Autoencoder(config.model).eval()
+            shape = model.latent_shape(size)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        parameters = {"encoder": _count(model.encoder) + _count(model.bottleneck), "decoder": _count(model.decoder)}
+        total = sum(parameters.values())
+        if (adversarial := config.objective.adversarial) is not None:
+            parameters["discriminator"] = _count(
+                DISCRIMINATORS[adversarial.discriminator.kind](adversarial.discriminator)
+            )
+        flops = {
+            "encode": _flops(lambda: model.encode(randn(1, 3, size, size)).mode()),
+            "decode": _flops(lambda: model.decode(randn(1, *shape))),
+        }
+    return {
+        "kind": "autoencoder",
+        "parameters": {**parameters, "total": total},
+        "size": size,
+        "latent_shape": list(shape),
+        "flops": flops,
+    }
+
+
+def _denoiser(config: DiffusionRunConfig, latent_shape: Sequence[int], num_classes: int) -> dict[str, Any]:
+    with FakeTensorMode():
+        try:
+            classes = num_classes if config.class_conditional else 0
+            network = UNet(config.model, latent_shape[0], classes).eval()
+            network.check_size(*latent_shape[1:])
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        flops = _flops(lambda: network(randn(1, *latent_shape), randn(1)))
+    return {
+        "kind": "diffusion",
+        "parameters": {"denoiser": _count(network)},
+        "latent_shape": list(latent_shape),
+        "flops": {"denoise": flops},
+    }
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _flops(compute: Callable[[], Tensor]) -> int:
+    """Return the floating-point operations of one call, on tensors without data."""
+    with FlopCounterMode(display=False) as counter, no_grad():
+        compute()
+    return int(counter.get_total_flops())
