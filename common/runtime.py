@@ -82,9 +82,15 @@ def autocast(device: torch.device, mixed_precision: MixedPrecision) -> Iterator[
 
 
 def make_accelerator(options: RuntimeOptions, gradient_accumulation_steps: int = 1) -> Accelerator:
-    """Return an accelerator for the asked device and precision."""
-    from accelerate import Accelerator
+    """Return an accelerator for the asked device and precision.
 
+    A process may have several, one after the other: accelerate keeps the first one's precision for its whole life and
+    refuses another, so that state is cleared.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
     device = resolve_device(options.device)
     check_precision(device, options.mixed_precision)
     if device.index is not None:
