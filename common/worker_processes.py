@@ -1,0 +1,32 @@
+"""How the worker processes of a `DataLoader` end: when the process that started them wants it, and no sooner."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Make this worker deaf to SIGTERM and SIGINT from anywhere but its parent; a ``worker_init_fn``.
+
+    A request to stop often goes to a whole process group (Ctrl-C, GNU timeout, Slurm). Workers that die of it make
+    PyTorch raise an error in the parent, which was about to save everything. Without it they end when the parent closes
+    its loader, and within seconds of the parent's death.
+
+    The parent's own SIGTERM is obeyed, as by PyTorch's handler, which this replaces: `multiprocessing` sends it at the
+    parent's end to the workers that are still there, and then waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    """End this process at a SIGTERM from ``parent``. Needs SIGTERM blocked in every thread."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)  # success: anything else would be an error to PyTorch

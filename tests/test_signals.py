@@ -1,0 +1,114 @@
+"""A request to stop that reaches a whole process group, as Ctrl-C, GNU timeout and Slurm send it."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+LOADING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import cli
+from wavelatent.common.images import open_data, training_batches
+
+batches = training_batches(open_data("synthetic:8", size=8), batch_size=2, seed=0, num_workers=2)
+next(batches)
+print("ready", flush=True)
+sys.stdin.read()
+next(batches)
+print("still reading", flush=True)
+raise RuntimeError("an error whose traceback keeps the loader alive to the end")
+"""
+
+
+@contextlib.contextmanager
+def group(*command: object) -> Iterator[subprocess.Popen[str]]:
+    """Run a command in a process group of its own, and leave nothing of it behind."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 240
+) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        assert process is None or process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+
+
+def is_gone(group_id: int) -> bool:
+    try:
+        os.killpg(group_id, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_sigterm_to_the_group_stops_a_training_that_reads_with_workers(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train = ["train-ae", "ae-tiny", "objective.lpips.weight=0", "model.encoder.num_res_blocks=1", "train.num_workers=2"]
+    train += ["train.log_every=1", "train.sample_every=0", "--batch-size", "2", "--max-steps", "100000"]
+    with group(
+        ROOT / "cli.py", *train, "--data", "synthetic:16", "--size", "32", "--device", "cpu", "--out", out
+    ) as it:
+        wait_until((out / "metrics.jsonl").exists, it)
+        os.killpg(it.pid, signal.SIGTERM)
+        _, err = it.communicate(timeout=240)
+        assert it.returncode == 75, err
+        assert "Traceback" not in err
+        status = json.loads((out / "status.json").read_text())
+        assert status["state"] == "stopped"
+        assert (out / "checkpoints" / f"checkpoint-{status['step']}").is_dir()
+        wait_until(lambda: is_gone(it.pid), seconds=60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_workers_outlive_a_signal_and_end_with_their_parent(number: signal.Signals) -> None:
+    with group("-c", LOADING, ROOT) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n", parent.communicate()[1]
+        for worker in workers_of(parent):
+            os.kill(worker, number)
+        out, err = parent.communicate("go on", timeout=240)
+        assert out == "still reading\n", err
+        assert parent.returncode == 1
+        assert "keeps the loader alive" in err
+        wait_until(lambda: is_gone(parent.pid), seconds=60)
+
+
+def test_workers_end_when_their_parent_is_killed() -> None:
+    with group("-c", LOADING, ROOT) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n", parent.communicate()[1]
+        parent.kill()
+        parent.wait()
+        wait_until(lambda: is_gone(parent.pid), seconds=60)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """Return the other processes of its group."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,pgid="], capture_output=True, text=True, check=True).stdout
+    pairs = (map(int, line.split()) for line in listed.splitlines())
+    members = [pid for pid, group_id in pairs if group_id == process.pid and pid != process.pid]
+    assert len(members) == 2, listed
+    return members
