@@ -13,13 +13,14 @@ if "wavelatent" not in sys.modules and __package__ in (None, ""):
     sys.modules["wavelatent"] = module_from_spec(_spec)
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from wavelatent.common.errors import UsageError, WavelatentError
+from wavelatent.common.errors import Stopped, UsageError, WavelatentError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -35,14 +36,19 @@ def _options(*options: Decorator) -> Decorator:
     return decorate
 
 
-def _unused_seed(help_text: str) -> Decorator:
-    return click.option("--seed", type=int, default=None, expose_value=False, help=help_text)
-
-
 FOLDER = click.Path(path_type=Path, file_okay=False)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result on stdout as one JSON object.")
 SEED = click.option("--seed", type=int, default=None, help="Seed of everything random.")
-NO_SEED = _unused_seed("Accepted everywhere; nothing is random here.")
+NO_SEED = click.option(
+    "--seed", type=int, default=None, expose_value=False, help="Accepted everywhere; nothing is random here."
+)
+NO_NETWORKS = _options(
+    NO_SEED,
+    *(
+        click.option(name, default=None, expose_value=False, hidden=True)  # accepted everywhere, of no use here
+        for name in ("--device", "--mixed-precision", "--batch-size")
+    ),
+)
 OUT = click.option("--out", type=FOLDER, required=True, help="Where to write.")
 AE = click.option("--ae", required=True, help="The autoencoder: a run folder or a saved model folder.")
 DATA = click.option(
@@ -92,7 +98,9 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _emit(result: Any, as_json: bool, text: str) -> None:
-    """Print ``result`` as JSON, or ``text``."""
+    """Print ``result`` as JSON, or ``text``; of several processes, the first."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     click.echo(json.dumps(result, indent=2, default=str) if as_json else text)
 
 
@@ -151,7 +159,7 @@ def cli(debug: bool) -> None:
 @click.option("--num-workers", type=click.IntRange(min=0), default=None, help="Processes that decode.")
 @BAD
 @OVERWRITE
-@NO_SEED
+@NO_NETWORKS
 @JSON
 def prepare(as_json: bool, **arguments: Any) -> None:
     """Decode, crop and resize a data set once, recording how."""
@@ -303,7 +311,7 @@ def generation(as_json: bool, **arguments: Any) -> None:
 
 @cli.command()
 @click.option("--fetch", is_flag=True, help="Get the metric weights that are missing.")
-@NO_SEED
+@NO_NETWORKS
 @JSON
 def doctor(as_json: bool, fetch: bool) -> None:
     """Versions, devices, and which metric weights are present."""
@@ -319,7 +327,7 @@ def doctor(as_json: bool, fetch: bool) -> None:
 @OUT
 @click.option("--data", default=None, help="Reconstruct images of this data set instead of showing saved grids.")
 @click.option("--title", default=None, help="Heading of the page.")
-@NO_SEED
+@NO_NETWORKS
 @JSON
 def report(as_json: bool, **arguments: Any) -> None:
     """Write a comparison page of any finished runs."""
@@ -334,7 +342,7 @@ def report(as_json: bool, **arguments: Any) -> None:
 @click.argument("overrides", nargs=-1, metavar="[key=value]...")
 @SIZE
 @click.option("--latent-shape", type=int, nargs=3, default=None, metavar="C H W", help="For a stage-2 config.")
-@NO_SEED
+@NO_NETWORKS
 @JSON
 def info(as_json: bool, **arguments: Any) -> None:
     """Count parameters per part, the latent shape and FLOPs per image."""
@@ -359,7 +367,7 @@ def _number(value: Any) -> str:
 
 @cli.command()
 @click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Where to write.")
-@NO_SEED
+@NO_NETWORKS
 @JSON
 def demo(out: Path, as_json: bool) -> None:
     """Run the whole pipeline on the built-in synthetic faces, on a CPU, in minutes; ends with a report."""
@@ -382,11 +390,24 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
-    except WavelatentError as error:
+    except Exception as error:
         if debug:
             raise
-        click.echo(f"{'stopped' if error.exit_code == 75 else 'error'}: {error}", err=True)
-        sys.exit(error.exit_code)
+        word = "stopped" if isinstance(error, Stopped) else "error"
+        click.echo(f"{word}: {_in_one_line(error)}", err=True)
+        sys.exit(getattr(error, "exit_code", 1))
+
+
+def _in_one_line(error: Exception) -> str:
+    """Say what went wrong, and what to do about it, in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, WavelatentError):
+        return text
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: lower --batch-size, or raise train.gradient_accumulation ({text})"
+    if isinstance(error, OSError):
+        return text
+    return f"{type(error).__name__}: {text} (unexpected: put --debug before the command for the traceback)"
 
 
 if __name__ == "__main__":

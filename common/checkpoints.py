@@ -12,26 +12,28 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
 from .errors import WavelatentError
+from .files import write_atomically
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -109,13 +111,21 @@ class Checkpoint:
     def restore(self, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> None:
         """Load every part strictly; raises :class:`WavelatentError` naming the one that does not fit."""
         for name, module in modules.items():
-            try:
+            with self._reading(name):
                 module.load_state_dict(load_file(self.path / f"{name}.safetensors"))
-            except (OSError, RuntimeError) as error:
-                raise WavelatentError(f"{self.path}: {name} does not fit this configuration: {error}") from error
         for name, optimizer in optimizers.items():
-            try:
+            with self._reading(name):
                 state = torch.load(self.path / f"{name}.pt", map_location="cpu", weights_only=True)
                 optimizer.load_state_dict(state)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise WavelatentError(f"{self.path}: {name} does not fit this configuration: {error}") from error
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, UnpicklingError, EOFError) as error:
+            raise WavelatentError(
+                f"{self.path}: {name} cannot be read ({error}); delete this checkpoint to go on from an earlier one"
+            ) from error
+        except (RuntimeError, ValueError) as error:
+            text = " ".join(str(error).split())
+            raise WavelatentError(f"{self.path}: {name} does not fit this configuration: {text}") from error

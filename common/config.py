@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import UsageError
 
@@ -26,6 +26,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""A seed that every generator takes."""
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -86,7 +89,11 @@ def load_config(model: type[C], source: str, overrides: Sequence[str] = ()) -> C
     the settings the file gave for the former kind. Raises :class:`UsageError` with every error at once.
     """
     path = find_config(source)
-    data = parse_yaml(path.read_text(encoding="utf-8"), source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{source}: cannot be read as text: {error}") from error
+    data = parse_yaml(text, source)
     if not isinstance(data, dict):
         raise UsageError(f"{source}: expected keys and values, found {type(data).__name__}")
     set_by: dict[tuple[str, ...], str] = {}

@@ -94,6 +94,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` plus what attention adds to it."""
         height, width = x.shape[-2:]
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b (n heads c) h w -> n b heads (h w) c", n=3, heads=self.heads)
+        qkv = rearrange(self.qkv(self.norm(x)), "b (n heads c) h w -> n b heads (h w) c", n=3, heads=self.heads)
+        q, k, v = qkv.contiguous()  # the fused kernels take channels that lie side by side, and nothing else
         attended = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H*W, c]
         return x + self.out(rearrange(attended, "b heads (h w) c -> b (heads c) h w", h=height, w=width))

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -20,6 +20,10 @@ from .randomness import key_seed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""A decay rate of Adam."""
 
 
 class LearningRateConfig(Config):
@@ -119,23 +123,18 @@ def progress_bar(name: str, step: int, steps: int, *, is_main: bool) -> tqdm:
 
 
 def first_non_finite(terms: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first term with a value that is not finite."""
-    return next((name for name, value in terms.items() if not torch.isfinite(value).all()), None)
+    """Return the name of the first term with a value that is not finite; one synchronisation for all of them."""
+    finite = torch.stack([torch.isfinite(value.detach()).all() for value in terms.values()]).tolist()
+    return next((name for name, good in zip(terms, finite, strict=True) if not good), None)
 
 
-def clip_gradients(accelerator: Accelerator, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Clip to ``max_norm`` on a synchronised step; return the norm before clipping."""
-    norm = accelerator.clip_grad_norm_(parameters, max_norm)
-    assert norm is not None
-    return norm
+def clip_gradients(
+    accelerator: Accelerator, optimizer: Optimizer, parameters: Iterable[Tensor], max_norm: float
+) -> Tensor:
+    """Clip the gradients of one optimiser to ``max_norm`` on a synchronised step; return the norm before clipping.
 
-
-def scaler_state(accelerator: Accelerator) -> dict[str, float] | None:
-    """Return the fp16 loss scaler's state for a checkpoint's counters, or None where there is no scaler."""
-    return None if accelerator.scaler is None else accelerator.scaler.state_dict()
-
-
-def restore_scaler(accelerator: Accelerator, state: dict[str, float] | None) -> None:
-    """Load what :func:`scaler_state` returned."""
-    if accelerator.scaler is not None and state:
-        accelerator.scaler.load_state_dict(state)
+    accelerate's own function would, in fp16, unscale the gradients of every optimiser, and so those that another
+    network is still accumulating.
+    """
+    accelerator.unscale_gradients(optimizer)
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)

@@ -78,8 +78,8 @@ class Plan:
     def autoencoder_overrides(self, variant: str) -> list[str]:
         """Return the overrides of ``ae-tiny``: a lighter encoder, a fast schedule, and LPIPS by AlexNet.
 
-        AlexNet costs a tenth of VGG16, which would take half of the budget. The learning rate and the betas gain 2 dB
-        of PSNR over the preset's in the first 300 steps.
+        AlexNet costs a tenth of VGG16, which would take half of the budget. With betas of (0.5, 0.9), the usual
+        choice beside a GAN, PSNR after 300 steps was 1.3 dB lower.
         """
         return [
             *VARIANTS[variant],

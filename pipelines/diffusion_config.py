@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..common.config import Config
+from ..common.config import Config, Seed
 from ..stage2_diffusion.model import WhiteningKind
 from ..stage2_diffusion.objectives import EDMConfig, ObjectiveConfig
 from ..stage2_diffusion.trainer import DiffusionTrainConfig
@@ -19,4 +19,4 @@ class DiffusionRunConfig(Config):
     class_conditional: bool = False
     """Whether the model learns the cache's labels."""
     train: DiffusionTrainConfig = DiffusionTrainConfig()
-    seed: int = 0
+    seed: Seed = 0

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+
 from ..common.errors import UsageError, WavelatentError
 from ..stage1_autoencoder.autoencoder import Autoencoder
 from ..stage2_diffusion.model import LatentDiffusion
@@ -55,6 +57,6 @@ def load_model_folder(model: type[M], folder: Path) -> M:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # the hub's mixin prints
             loaded = model.from_pretrained(folder, local_files_only=True, strict=True)
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise WavelatentError(f"{folder}: the model cannot be loaded: {' '.join(str(error).split())}") from error
     return loaded.eval().requires_grad_(False)

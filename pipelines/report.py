@@ -102,15 +102,19 @@ def _render(**values: Any) -> str:
 
 
 def _footnotes(variants: Sequence[Variant], rows: Sequence[Mapping[str, Cell]]) -> list[str]:
-    """Return why figures are missing or must not be compared; metrics with one reason share a line."""
-    reasons: dict[tuple[str, str], list[str]] = {}
+    """Return why figures are missing or must not be compared; what shares a reason shares a line."""
+    reasons: dict[str, dict[str, list[str]]] = {}  # reason -> metric -> variants
     for variant, row in zip(variants, rows, strict=True):
         for metric in METRICS:
             cell = row[metric.key]
             for text in (cell.not_computed and f"not computed: {cell.not_computed}", cell.not_comparable):
                 if text:
-                    reasons.setdefault((variant.name, text), []).append(metric.title)
-    return [f"{name}, {', '.join(titles)}: {text}" for (name, text), titles in reasons.items()]
+                    reasons.setdefault(text, {}).setdefault(metric.title, []).append(variant.name)
+    lines = []
+    for text, metrics in reasons.items():
+        names = dict.fromkeys(name for found in metrics.values() for name in found)
+        lines.append(f"{', '.join(names)} - {', '.join(metrics)}: {text}")
+    return lines
 
 
 def _reconstruction_strips(variants: Sequence[Variant], data: str | None) -> list[dict[str, str | None]]:

@@ -89,7 +89,7 @@ def _cell(variant: Variant, metric: Metric) -> tuple[Cell, dict[str, Any]]:
         reason = f"no {EVALUATIONS[run.stage]}/metrics.json; run: wavelatent evaluate {command} {run.path} --data DATA"
         return Cell("not computed", not_computed=reason), {}
     value = run.evaluation.get("metrics", {}).get(metric.key)
-    protocol = flatten(run.evaluation.get("protocol", {}))
+    protocol = flatten(_protocol(run))
     if not isinstance(value, int | float):
         reason = run.evaluation.get("not_computed", {}).get(metric.key, "not among the metrics that were saved")
         return Cell("not computed", not_computed=reason), protocol
@@ -123,7 +123,7 @@ def _differing(metric: Metric, first: Mapping[str, Any], other: Mapping[str, Any
 def protocol_table(variants: Sequence[Variant], stage: int) -> list[tuple[str, list[str]]]:
     """Return the protocol's fields and every variant's value; one value where all agree."""
     protocols = [
-        flatten(run.evaluation.get("protocol", {})) if run is not None and run.evaluation else {}
+        {} if run is None or run.evaluation is None else flatten(_protocol(run))
         for run in (variant.first if stage == 1 else variant.second for variant in variants)
     ]
     names = dict.fromkeys(name for protocol in protocols for name in protocol)
@@ -195,6 +195,8 @@ def command_of(run: Run) -> str | None:
 
 
 def _plain(value: Any) -> str:
+    if value is None or value == {}:
+        return "none"
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)
@@ -229,38 +231,39 @@ METRICS_BY_KEY = {metric.key: metric for metric in METRICS}
 
 
 def _what_was_trained(variants: Sequence[Variant]) -> str:
-    data = dict.fromkeys(
-        f"{run.inputs['data']['spec']} at {run.inputs['data']['transform'].get('size', '?')} px"
-        for variant in variants
-        for run in variant.runs
-    )
-    seeds = dict.fromkeys(str(run.config.get("seed", "?")) for variant in variants for run in variant.runs)
-    return f"Trained on {'; '.join(data)}, with seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}."
+    runs = [run for variant in variants for run in variant.runs]
+    data = {run.inputs["data"]["fingerprint"]: run.inputs["data"] for run in reversed(runs)}
+    names = [f"{d['spec']} at {d['transform'].get('size', '?')} px" for d in reversed(data.values())]
+    seeds = dict.fromkeys(str(run.config.get("seed", "?")) for run in runs)
+    return f"Trained on {'; '.join(names)}, with seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}."
 
 
 def _sample_sizes(variants: Sequence[Variant]) -> list[str]:
     """State N, and the bias of the Fréchet distance where it is small."""
     lines = []
-    for stage, name in ((1, "rFID"), (2, "FID")):
-        runs = [variant.first if stage == 1 else variant.second for variant in variants]
-        protocols = [run.evaluation["protocol"] for run in runs if run is not None and run.evaluation]
-        sizes = dict.fromkeys((p.get("num_samples"), p.get("num_reference")) for p in protocols)
+    for stage, name, what in ((1, "rFID", "Reconstructions were"), (2, "FID", "Samples were")):
+        runs = [run for variant in variants for run in variant.runs if run.stage == stage and run.evaluation]
+        sizes = {(p.get("num_samples", 0), p.get("num_reference", 0)) for p in map(_protocol, runs)}
         if not sizes:
             continue
-        counts = "; ".join(f"{a:,} against {b:,}" for a, b in sizes if a and b)
-        what = "reconstructions against originals" if stage == 1 else "samples against reference images"
-        line = f"{name} and what stands beside it come from {counts} images ({what})."
-        if any(min(a or 0, b or 0) < SMALL_SAMPLE for a, b in sizes):
+        counts = "; ".join(f"{a:,} against {b:,}" for a, b in sorted(sizes))
+        line = f"{what} measured on {counts} reference images."
+        computed = any(name.lower() in (run.evaluation or {}).get("metrics", {}) for run in runs)
+        if computed and min(min(pair) for pair in sizes) < SMALL_SAMPLE:
             line += (
-                f" So few images bias {name} upwards, more the fewer they are: compare it only inside this page, never "
-                "with published figures at 50,000."
+                f" So few images bias {name} upwards, the more the fewer they are: compare it only inside this page, "
+                "never with published figures at 50,000."
             )
-        if stage == 1 and any(_is_training_data(run) for run in runs if run):
-            line += " The reconstructed images are training images: nothing here tests unseen ones."
+        if stage == 1 and any(_is_training_data(run) for run in runs):
+            line += " They are training images: nothing here tests unseen ones."
         lines.append(line)
     return lines
 
 
+def _protocol(run: Run) -> dict[str, Any]:
+    return (run.evaluation or {}).get("protocol", {})
+
+
 def _is_training_data(run: Run) -> bool:
-    measured = (run.evaluation or {}).get("protocol", {}).get("reference_fingerprint")
+    measured = _protocol(run).get("reference_fingerprint")
     return measured is not None and measured == run.inputs["data"]["fingerprint"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..common.config import Config
+from ..common.config import Config, Seed
 from ..stage1_autoencoder.autoencoder import AutoencoderConfig
 from ..stage1_autoencoder.objective import ObjectiveConfig
 from ..stage1_autoencoder.trainer import AutoencoderTrainConfig
@@ -14,4 +14,4 @@ class AutoencoderRunConfig(Config):
     model: AutoencoderConfig = AutoencoderConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: AutoencoderTrainConfig = AutoencoderTrainConfig()
-    seed: int = 0
+    seed: Seed = 0

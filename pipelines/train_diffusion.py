@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from ..common.errors import UsageError, WavelatentError
 from ..common.latent_cache import LatentCache
-from ..common.runtime import RunFolder, RuntimeOptions, StopRequest, make_accelerator
+from ..common.run_folder import RunFolder
+from ..common.runtime import RuntimeOptions, StopRequest, accelerated
 from ..stage2_diffusion.model import LatentDiffusion
 from ..stage2_diffusion.trainer import DiffusionTrainer
 from .diffusion_config import DiffusionRunConfig
@@ -28,31 +28,26 @@ def train_diffusion(config: DiffusionRunConfig, *, latents: Path, out: Path, opt
     SIGTERM, SIGINT or ``max_minutes``, and :class:`WavelatentError` for a cache that does not verify, or when the loss
     is no longer finite; all is saved then.
     """
-    with StopRequest(options.max_minutes) as stop:
-        accelerator = make_accelerator(options, config.train.gradient_accumulation)
+    with (
+        StopRequest(options.max_minutes) as stop,
+        accelerated(options, config.train.gradient_accumulation) as accelerator,
+    ):
         cache = LatentCache.open(latents)
         model = build_model(config, cache)
-        run = RunFolder(out, config, inputs_of(cache), overwrite=options.overwrite, is_main=accelerator.is_main_process)
-        if run.finished(config.train.steps):
-            return False
-        trainer = DiffusionTrainer(
-            model,
-            config.train,
-            cache=cache,
-            seed=config.seed,
-            run=run,
-            accelerator=accelerator,
-            decode=_decoder(cache, accelerator.device) if accelerator.is_main_process else None,
-        )
-        try:
+        main = accelerator.is_main_process
+        with RunFolder(out, config, inputs_of(cache), overwrite=options.overwrite, is_main=main) as run:
+            if run.finished(config.train.steps):
+                return False
+            trainer = DiffusionTrainer(
+                model,
+                config.train,
+                cache=cache,
+                seed=config.seed,
+                run=run,
+                accelerator=accelerator,
+                decode=_decoder(cache, accelerator.device) if main else None,
+            )
             trainer.train(stop)
-        finally:
-            run.close()
-        accelerator.wait_for_everyone()
-        accelerator.free_memory()
-        del trainer
-        gc.collect()
-        accelerator.end_training()
     return True
 
 

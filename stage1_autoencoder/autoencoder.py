@@ -27,7 +27,7 @@ class AutoencoderConfig(Config):
     """Everything that decides an autoencoder's parameters and its arithmetic."""
 
     encoder: EncoderConfig = LiteVAEConfig()
-    channels: int = Field(4, ge=1, le=64)
+    channels: int = Field(4, ge=1)
     """Latent channels."""
     bottleneck: BottleneckConfig = KLConfig()
     perturbations: tuple[PerturbationConfig, ...] = ()

@@ -57,7 +57,10 @@ class PlainConfig(Config):
 
 
 class BoundedConfig(Config):
-    """Latents inside [-bound, bound], with their per-channel mean and variance pulled to 0 and 1."""
+    """Latents inside [-bound, bound], with their per-channel mean and variance pulled to 0 and 1.
+
+    The statistics are of the whole batch over all processes; with gradient accumulation, of each micro-step's batch.
+    """
 
     kind: Literal["bounded"] = "bounded"
     activation: Literal["tanh", "clamp"] = "tanh"
@@ -134,7 +137,7 @@ class BoundedBottleneck(nn.Module):
         if self.config.activation == "tanh":
             latents = bound * torch.tanh(features / bound)
         else:
-            latents = features + (features.clamp(-bound, bound) - features).detach()
+            latents = features.clamp(-bound, bound).detach() + (features - features.detach())
         mean, variance = global_moments(latents)
         penalties = {"latent_mean": mean.square().mean(), "latent_variance": (variance - 1).square().mean()}
         return Bottlenecked(Posterior(latents), penalties)

@@ -6,7 +6,7 @@ parameters.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -21,7 +21,7 @@ class KLEncoderConfig(Config):
 
     kind: Literal["kl"] = "kl"
     width: int = Field(128, ge=4)
-    multipliers: tuple[int, ...] = Field((1, 2, 4, 4), min_length=2, max_length=4)
+    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 4), min_length=2, max_length=4)
     num_res_blocks: int = Field(2, ge=1)
     attention: bool = True
     """Self-attention between the two middle blocks."""

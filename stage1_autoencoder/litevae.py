@@ -6,12 +6,14 @@ level, concatenated, and an aggregation net turns them into the bottleneck's inp
 
 from __future__ import annotations
 
+import difflib
 from functools import partial
 from typing import Literal
 
+import pywt
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..common.config import Config
@@ -43,6 +45,15 @@ class LiteVAEConfig(Config):
     num_res_blocks: int = Field(2, ge=1)
     """Residual blocks per width. The paper does not say; 2 is the only count that gives its four parameter counts."""
     dropout: float = Field(0.0, ge=0, lt=1)
+
+    @field_validator("wavelet")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        known = pywt.wavelist(kind="discrete")
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"unknown wavelet{f'; did you mean {nearest[0]!r}?' if nearest else ''}")
+        return name
 
     @property
     def downsampling(self) -> int:

@@ -14,14 +14,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..common.checkpoints import Checkpoint, save_checkpoint
 from ..common.config import Config
 from ..common.ema import EMA, EMAConfig
-from ..common.errors import Stopped, WavelatentError
+from ..common.errors import Stopped, UsageError, WavelatentError
 from ..common.images import Batch, ImageData, read_batch, save_grid, training_batches
-from ..common.lpips_metric import PerceptualDistance
-from ..common.runtime import RunFolder, StopRequest
+from ..common.lpips_metric import MIN_SIZE, PerceptualDistance
+from ..common.run_folder import RunFolder
+from ..common.runtime import StopRequest
 from ..common.training import (
+    Beta,
     Clock,
     LearningRateConfig,
     RunningMeans,
@@ -30,11 +31,10 @@ from ..common.training import (
     due,
     first_non_finite,
     progress_bar,
-    restore_scaler,
-    scaler_state,
     seed_step,
     set_learning_rate,
 )
+from ..common.training_state import TrainingState
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .discriminators import DISCRIMINATORS
 from .losses import hinge_discriminator
@@ -54,7 +54,7 @@ class AutoencoderTrainConfig(Config):
     """Images per optimiser step, over all processes and accumulation steps."""
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: LearningRateConfig = LearningRateConfig()
-    betas: tuple[float, float] = (0.5, 0.9)
+    betas: tuple[Beta, Beta] = (0.5, 0.9)
     discriminator_learning_rate: LearningRateConfig = LearningRateConfig()
     clip_norm: float = Field(1.0, gt=0)
     """Gradients of each optimiser are clipped to this norm."""
@@ -85,16 +85,18 @@ class AutoencoderTrainer:
         self.objective, self.config, self.data, self.seed = objective, train, data, seed
         self.run, self.accelerator = run, accelerator
         self.micro_batch = batch_per_process(train.batch_size, accelerator.num_processes, train.gradient_accumulation)
+        if accelerator.mixed_precision == "fp16" and train.gradient_accumulation > 1 and objective.adversarial:
+            raise UsageError(
+                "train.gradient_accumulation with an adversarial loss needs --mixed-precision bf16 or no: in fp16 the "
+                "loss scale may change between the discriminator's micro-steps"
+            )
         torch.manual_seed(seed)  # the same initial weights in every process
-        self.autoencoder = Autoencoder(model)
-        self.autoencoder.latent_shape(data.size)  # refuses a size that does not divide before anything is trained
+        self.autoencoder = Autoencoder(model).to(accelerator.device)
+        self.ema = EMA(self.autoencoder, train.ema)  # copied before accelerate wraps the forward pass
         self.discriminator = self._build_discriminator()
+        self._try_size()
         self.perceptual = self._build_perceptual()
         self.weights = term_weights(objective, model.bottleneck.penalty_weights)
-        self.ema = EMA(self.autoencoder, train.ema)
-        self.ema.model.to(accelerator.device)
-        self.step = 0
-        self._seconds_before = 0.0
         self._means = RunningMeans()
         self._prepare()
 
@@ -103,49 +105,57 @@ class AutoencoderTrainer:
         if adversarial is None:
             return None
         discriminator = DISCRIMINATORS[adversarial.discriminator.kind](adversarial.discriminator)
-        with torch.no_grad():
-            discriminator(torch.zeros(1, 3, self.data.size, self.data.size))  # refuses a size that does not divide
-        return discriminator
+        return discriminator.to(self.accelerator.device)
+
+    @torch.no_grad()
+    def _try_size(self) -> None:
+        """Run one image through every network, so that a size that does not fit fails before anything is written."""
+        self.autoencoder.latent_shape(self.data.size)
+        image = torch.zeros(1, 3, self.data.size, self.data.size, device=self.accelerator.device)
+        self.ema.model(image)
+        if self.discriminator is not None:
+            self.discriminator.eval()(image)  # eval: spectral norm's power iteration stays as it was
+            self.discriminator.train()
 
     def _build_perceptual(self) -> PerceptualDistance | None:
         if self.objective.lpips.weight == 0:
             return None
+        if self.data.size < MIN_SIZE:
+            raise UsageError(
+                f"LPIPS needs images of at least {MIN_SIZE} px, these have {self.data.size}: "
+                "set objective.lpips.weight=0, or give a larger --size"
+            )
         return PerceptualDistance(self.objective.lpips.net).to(self.accelerator.device)
 
     def _prepare(self) -> None:
         """Make the optimisers, restore the newest checkpoint, and hand models and optimisers to accelerate."""
 
         def adam(module: nn.Module) -> torch.optim.Adam:
-            return torch.optim.Adam(module.parameters(), lr=0.0, betas=self.config.betas)
+            return torch.optim.Adam(module.parameters(), lr=0.0, betas=self.config.betas, fused=True)
 
-        self._modules: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "ema": self.ema.model}
-        self._optimizers: dict[str, torch.optim.Optimizer] = {"autoencoder_optimizer": adam(self.autoencoder)}
+        modules: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "ema": self.ema.model}
+        optimizers: dict[str, torch.optim.Optimizer] = {"autoencoder_optimizer": adam(self.autoencoder)}
         if self.discriminator is not None:
-            self._modules["discriminator"] = self.discriminator
-            self._optimizers["discriminator_optimizer"] = adam(self.discriminator)
-        if (path := self.run.checkpoint) is not None:
-            checkpoint = Checkpoint.open(path)
-            checkpoint.restore(self._modules, self._optimizers)
-            self.step = checkpoint.step
-            self._seconds_before = float(checkpoint.counters["seconds"])
-            restore_scaler(self.accelerator, checkpoint.counters["scaler"])
+            modules["discriminator"] = self.discriminator
+            optimizers["discriminator_optimizer"] = adam(self.discriminator)
+        self.state = TrainingState(self.run, self.accelerator, self.config, modules, optimizers, shown=self.ema.model)
+        self.state.restore()
         prepare = self.accelerator.prepare
         self.wrapped_autoencoder = prepare(self.autoencoder)
-        self.autoencoder_optimizer = prepare(self._optimizers["autoencoder_optimizer"])
+        self.autoencoder_optimizer = prepare(optimizers["autoencoder_optimizer"])
         if self.discriminator is not None:
             self.wrapped_discriminator = prepare(self.discriminator)
-            self.discriminator_optimizer = prepare(self._optimizers["discriminator_optimizer"])
+            self.discriminator_optimizer = prepare(optimizers["discriminator_optimizer"])
 
     @property
-    def images_seen(self) -> int:
-        """Images of all steps so far."""
-        return self.step * self.config.batch_size
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return self.state.step
 
     def train(self, stop: StopRequest) -> None:
         """Train to the last step. Raises :class:`Stopped` when asked to stop; everything is saved then."""
         config = self.config
-        self.run.begin()
-        clock = Clock(self._seconds_before, self.step)
+        clock = self.state.begin()
         batches = self._batches()
         with progress_bar("train-ae", self.step, config.steps, is_main=self.accelerator.is_main_process) as bar:
             while True:
@@ -157,7 +167,7 @@ class AutoencoderTrainer:
                 if due(self.step, config.sample_every) or done:
                     self._save_samples()
                 if due(self.step, config.checkpoint_every) or last:
-                    self._save(clock, "done" if done else "stopped" if reason else "running")
+                    self.state.save(clock, "done" if done else "stopped" if reason else "running")
                 if done:
                     return
                 if reason is not None:
@@ -191,19 +201,36 @@ class AutoencoderTrainer:
             if self.discriminator is not None:
                 wrapped.append(self.wrapped_discriminator)
             with self.accelerator.accumulate(*wrapped):
-                reconstruction = self._generator_step(images, clock)
-                if self._adversarial_on:
-                    self._discriminator_step(images, reconstruction, clock)
-        self.step += 1
-        self.ema.update(self.autoencoder, self.images_seen, config.batch_size)
+                self._micro_step(images, clock)
+        self.state.step += 1
+        self.ema.update(self.autoencoder, self.state.images_seen, config.batch_size)
 
     @property
     def _adversarial_on(self) -> bool:
         adversarial = self.objective.adversarial
         return adversarial is not None and self.step >= adversarial.start
 
-    def _generator_step(self, images: Tensor, clock: Clock) -> Tensor:
-        """Differentiate the autoencoder's loss and step on the last micro-step; return the detached reconstruction."""
+    def _micro_step(self, images: Tensor, clock: Clock) -> None:
+        """Differentiate both losses; on the last micro-step both optimisers step.
+
+        The discriminator's loss is looked at before the autoencoder steps, so that what is saved where it is not finite
+        is the state before the step.
+        """
+        reconstruction = self._generator_backward(images, clock)
+        loss = self._discriminator_loss(images, reconstruction, clock) if self._adversarial_on else None
+        self.autoencoder_optimizer.step()
+        self.autoencoder_optimizer.zero_grad()
+        if loss is None:
+            return
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            norm = self._clip(self.discriminator_optimizer, self.wrapped_discriminator)
+            self._means.add({"gradient_norm/discriminator": norm})
+        self.discriminator_optimizer.step()
+        self.discriminator_optimizer.zero_grad()
+
+    def _generator_backward(self, images: Tensor, clock: Clock) -> Tensor:
+        """Differentiate the autoencoder's loss; return the detached reconstruction."""
         self.wrapped_autoencoder.train()
         output = self.wrapped_autoencoder(images)
         terms = reconstruction_terms(self.objective, output.images, images, self.perceptual) | output.penalties
@@ -219,45 +246,34 @@ class AutoencoderTrainer:
         self._means.add({f"loss/{name}": value for name, value in terms.items()} | {"loss/total": total})
         self._means.add(_health(output.images.detach(), images, output.raw.detach()))
         if self.accelerator.sync_gradients:
-            norm = clip_gradients(self.accelerator, self.wrapped_autoencoder.parameters(), self.config.clip_norm)
-            self._guard_norm({"gradient_norm/autoencoder": norm}, clock)
-        self.autoencoder_optimizer.step()
-        self.autoencoder_optimizer.zero_grad()
+            norm = {"gradient_norm/autoencoder": self._clip(self.autoencoder_optimizer, self.wrapped_autoencoder)}
+            self._means.add(norm)
+            if self.accelerator.mixed_precision != "fp16":  # there the scaler skips a step whose gradients overflow
+                self._guard(norm, clock)
         return output.images.detach()
 
-    def _discriminator_step(self, images: Tensor, reconstruction: Tensor, clock: Clock) -> None:
-        """One forward on real and reconstructed images together, and a step on the last micro-step."""
+    def _discriminator_loss(self, images: Tensor, reconstruction: Tensor, clock: Clock) -> Tensor:
+        """Return the discriminator's loss from one forward pass on real and reconstructed images together."""
         logits = self.wrapped_discriminator(torch.cat([images, reconstruction]))
         real, fake = zip(*(part.chunk(2) for part in logits), strict=True)
         loss = hinge_discriminator(real, fake).mean()
         self._guard({"discriminator": loss}, clock)
-        self.accelerator.backward(loss)
         real_mean, fake_mean = (torch.stack([m.float().mean() for m in maps]).mean() for maps in (real, fake))
         self._means.add({"loss/discriminator": loss, "gan/logit_real": real_mean, "gan/logit_fake": fake_mean})
-        if self.accelerator.sync_gradients:
-            norm = clip_gradients(self.accelerator, self.wrapped_discriminator.parameters(), self.config.clip_norm)
-            self._guard_norm({"gradient_norm/discriminator": norm}, clock)
-        self.discriminator_optimizer.step()
-        self.discriminator_optimizer.zero_grad()
+        return loss
+
+    def _clip(self, optimizer: torch.optim.Optimizer, wrapped: nn.Module) -> Tensor:
+        return clip_gradients(self.accelerator, optimizer, wrapped.parameters(), self.config.clip_norm)
 
     def _guard(self, terms: dict[str, Tensor], clock: Clock) -> None:
         """Save the last good state and stop where a term of any process is not finite, naming it."""
-        bad = first_non_finite(terms)
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor([bad is not None], device=self.accelerator.device, dtype=torch.float32)
-            if self.accelerator.reduce(flag, "sum").item() > 0:
-                bad = bad or "a term of another process"
+        bad = self.state.agree_on_bad(first_non_finite(terms))
         if bad is not None:
-            self._save(clock, "failed")
+            self.state.save(clock, "failed")
             raise WavelatentError(
                 f"{bad} is not finite at step {self.step}: the state before that step is saved in {self.run.path}; "
                 "start again (--overwrite, or another --out) with a lower learning rate or a lower weight of that term"
             )
-
-    def _guard_norm(self, norms: dict[str, Tensor], clock: Clock) -> None:
-        self._means.add(norms)
-        if self.accelerator.mixed_precision != "fp16":  # there the scaler skips a step whose gradients overflow
-            self._guard(norms, clock)
 
     def _report(self, clock: Clock) -> dict[str, str]:
         """Log the means since the last report and the status; return what the progress bar shows."""
@@ -265,28 +281,9 @@ class AutoencoderTrainer:
         config = self.config
         if values:
             values["learning_rate"] = config.learning_rate.at(max(0, self.step - 1), config.steps)
-            self.run.log(self.step, self.images_seen, clock.seconds, values)
+            self.run.log(self.step, self.state.images_seen, clock.seconds, values)
         self.run.set_status("running", self.step, config.steps, clock.eta(self.step, config.steps))
         return {name.removeprefix("loss/"): f"{values[name]:.3g}" for name in values if name.startswith("loss/")}
-
-    def _save(self, clock: Clock, state: str) -> None:
-        """Write a checkpoint and the model folder; ``state`` goes into status.json."""
-        if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.run.path,
-                self.step,
-                modules=self._modules,
-                optimizers=self._optimizers,
-                counters={
-                    "images": self.images_seen,
-                    "seconds": clock.seconds,
-                    "scaler": scaler_state(self.accelerator),
-                },
-                keep=self.config.keep,
-            )
-            self.run.save_model(self.ema.model)
-            self.run.set_status(state, self.step, self.config.steps, clock.eta(self.step, self.config.steps))
-        self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def _save_samples(self) -> None:

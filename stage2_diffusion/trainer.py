@@ -17,15 +17,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..common.checkpoints import Checkpoint, save_checkpoint
 from ..common.config import Config
 from ..common.ema import EMA, EMAConfig
 from ..common.errors import Stopped, WavelatentError
 from ..common.images import save_grid
 from ..common.latent_cache import LatentCache, training_latents
 from ..common.randomness import generator
-from ..common.runtime import RunFolder, StopRequest, autocast
+from ..common.run_folder import RunFolder
+from ..common.runtime import StopRequest, autocast
 from ..common.training import (
+    Beta,
     Clock,
     LearningRateConfig,
     RunningMeans,
@@ -34,11 +35,10 @@ from ..common.training import (
     due,
     first_non_finite,
     progress_bar,
-    restore_scaler,
-    scaler_state,
     seed_step,
     set_learning_rate,
 )
+from ..common.training_state import TrainingState
 from .generation import draw_labels, generate_latents
 from .model import LatentDiffusion
 
@@ -63,7 +63,7 @@ class DiffusionTrainConfig(Config):
     """Images per optimiser step, over all processes and accumulation steps."""
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: LearningRateConfig = LearningRateConfig(peak=2e-4, warmup_steps=500)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     """Of Adam; EDM2's values."""
     clip_norm: float = Field(1.0, gt=0)
     """The gradient is clipped to this norm."""
@@ -105,28 +105,23 @@ class DiffusionTrainer:
         self.micro_batch = batch_per_process(train.batch_size, accelerator.num_processes, train.gradient_accumulation)
         self.model = model.to(accelerator.device).train()
         self.ema = EMA(self.model, train.ema)  # copied before accelerate wraps the forward pass
-        self.step = 0
-        self._seconds_before = 0.0
         self._means = RunningMeans()
-        self._prepare()
-
-    def _prepare(self) -> None:
-        """Make the optimiser, restore the newest checkpoint, and hand model and optimiser to accelerate."""
-        adam = torch.optim.Adam(self.model.parameters(), lr=0.0, betas=self.config.betas, fused=True)
-        self._modules = {"model": self.model, "ema": self.ema.model}
-        self._optimizers = {"optimizer": adam}
-        if (path := self.run.checkpoint) is not None:
-            checkpoint = Checkpoint.open(path)
-            checkpoint.restore(self._modules, self._optimizers)
-            self.step = checkpoint.step
-            self._seconds_before = float(checkpoint.counters["seconds"])
-            restore_scaler(self.accelerator, checkpoint.counters["scaler"])
-        self.wrapped_model, self.optimizer = self.accelerator.prepare(self.model, adam)
+        adam = torch.optim.Adam(self.model.parameters(), lr=0.0, betas=train.betas, fused=True)
+        self.state = TrainingState(
+            run,
+            accelerator,
+            train,
+            modules={"model": self.model, "ema": self.ema.model},
+            optimizers={"optimizer": adam},
+            shown=self.ema.model,
+        )
+        self.state.restore()
+        self.wrapped_model, self.optimizer = accelerator.prepare(self.model, adam)
 
     @property
-    def images_seen(self) -> int:
-        """Images of all steps so far."""
-        return self.step * self.config.batch_size
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return self.state.step
 
     def train(self, stop: StopRequest) -> None:
         """Train to the last step.
@@ -135,8 +130,7 @@ class DiffusionTrainer:
         finite; everything is saved then.
         """
         config = self.config
-        self.run.begin()
-        clock, speed = Clock(self._seconds_before, self.step), Speed(self.step)
+        clock, speed = self.state.begin(), Speed(self.step)
         bar = progress_bar("train-diffusion", self.step, config.steps, is_main=self.accelerator.is_main_process)
         with bar, prefetched(self._batches()) as batches:
             while True:
@@ -150,7 +144,7 @@ class DiffusionTrainer:
                     if due(self.step, config.sample_every) or (done and config.sample_every):
                         self._save_samples()
                     if due(self.step, config.checkpoint_every) or last:
-                        self._save(clock, "done" if done else "stopped" if reason else "running")
+                        self.state.save(clock, "done" if done else "stopped" if reason else "running")
                 if done:
                     return
                 if reason is not None:
@@ -180,13 +174,15 @@ class DiffusionTrainer:
                 accelerator.backward(micro_loss)
                 loss += micro_loss.detach() / config.gradient_accumulation
                 if accelerator.sync_gradients:
-                    norm = clip_gradients(accelerator, self.wrapped_model.parameters(), config.clip_norm)
+                    norm = clip_gradients(
+                        accelerator, self.optimizer, self.wrapped_model.parameters(), config.clip_norm
+                    )
                     self._guard(loss, norm, clock)
                     self._means.add({"gradient_norm": norm})
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        self.step += 1
-        self.ema.update(self.model, self.images_seen, config.batch_size)
+        self.state.step += 1
+        self.ema.update(self.model, self.state.images_seen, config.batch_size)
 
     def _loss(self, raw: Tensor, labels: Tensor | None, micro: int) -> Tensor:
         """Return the loss of every sample of a micro-batch, ``[B]``."""
@@ -211,7 +207,7 @@ class DiffusionTrainer:
         if self.accelerator.mixed_precision != "fp16":  # there the scaler skips a step whose gradients overflow
             terms["gradient_norm"] = norm
         if (bad := first_non_finite(terms)) is not None:
-            self._save(clock, "failed")
+            self.state.save(clock, "failed")
             raise WavelatentError(
                 f"{bad} is not finite at step {self.step}: the state before that step is saved in {self.run.path}; "
                 "start again (--overwrite, or another --out) with a lower learning rate or without mixed precision"
@@ -229,27 +225,8 @@ class DiffusionTrainer:
         values = {"loss/denoising": sum(losses) / sum(counts)}
         values |= {f"loss/denoising/sigma_{name}": loss / count for name, (loss, count) in sums.items() if count}
         values |= means | {"learning_rate": self.config.learning_rate.at(max(0, self.step - 1), steps)} | speeds
-        self.run.log(self.step, self.images_seen, clock.seconds, values)
+        self.run.log(self.step, self.state.images_seen, clock.seconds, values)
         return {"loss": f"{values['loss/denoising']:.4f}"}
-
-    def _save(self, clock: Clock, state: str) -> None:
-        """Write a checkpoint and the model folder; ``state`` goes into status.json."""
-        if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.run.path,
-                self.step,
-                modules=self._modules,
-                optimizers=self._optimizers,
-                counters={
-                    "images": self.images_seen,
-                    "seconds": clock.seconds,
-                    "scaler": scaler_state(self.accelerator),
-                },
-                keep=self.config.keep,
-            )
-            self.run.save_model(self.ema.model)
-            self.run.set_status(state, self.step, self.config.steps, clock.eta(self.step, self.config.steps))
-        self.accelerator.wait_for_everyone()
 
     def _save_samples(self) -> None:
         """Write a grid of images of the averaged model, always from the same noise and classes."""

@@ -7,7 +7,7 @@ nothing of noise levels, objectives or whitening.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ class UNetConfig(Config):
     kind: Literal["unet"] = "unet"
     channels: int = Field(64, gt=0)
     """Width of the first level."""
-    multipliers: tuple[int, ...] = Field((1, 2, 3), min_length=1)
+    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 3), min_length=1)
     """Width of each level, in units of ``channels``; every further level halves height and width."""
     num_res_blocks: int = Field(2, gt=0)
     """Residual blocks per level on the way down; one more on the way up."""

@@ -13,8 +13,16 @@ from wavelatent.common.checkpoints import Checkpoint, checkpoints, latest_checkp
 from wavelatent.common.config import Config
 from wavelatent.common.ema import EMA, EMAConfig
 from wavelatent.common.errors import UsageError, WavelatentError
-from wavelatent.common.runtime import RunFolder, StopRequest, check_precision, resolve_device
-from wavelatent.common.training import LearningRateConfig, batch_per_process, due, seed_step
+from wavelatent.common.run_folder import RunFolder
+from wavelatent.common.runtime import StopRequest, check_precision, resolve_device
+from wavelatent.common.training import (
+    LearningRateConfig,
+    batch_per_process,
+    clip_gradients,
+    due,
+    first_non_finite,
+    seed_step,
+)
 
 
 class Settings(Config):
@@ -57,6 +65,9 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(tmp_path):
     path, _ = save(tmp_path, 1, nn.Linear(3, 2))
     with pytest.raises(WavelatentError, match="net does not fit"):
         Checkpoint.open(path).restore({"net": nn.Linear(3, 5)}, {})
+    (path / "net.safetensors").write_bytes(b"torn")
+    with pytest.raises(WavelatentError, match="delete this checkpoint"):
+        Checkpoint.open(path).restore({"net": nn.Linear(3, 2)}, {})
     (path / "state.json").write_text("{")
     with pytest.raises(WavelatentError, match="not a complete checkpoint"):
         Checkpoint.open(path)
@@ -103,37 +114,98 @@ def test_step_seeds_depend_on_seed_rank_and_step():
     assert not due(4, 0)
 
 
-def test_nothing_is_written_or_deleted_before_begin(tmp_path):
-    run = RunFolder(tmp_path / "run", Settings(), {"fingerprint": "a"})
-    assert not run.path.exists()
-    run.begin()
-    save(run.path, 3, nn.Linear(3, 2))
-    RunFolder(run.path, Settings(lr=1.0), {}, overwrite=True)
-    assert latest_checkpoint(run.path) is not None
-    RunFolder(run.path, Settings(lr=1.0), {}, overwrite=True).begin()
-    assert latest_checkpoint(run.path) is None
-    assert "lr: 1.0" in (run.path / "config.yaml").read_text()
+def folder(path, lr: float = 1e-3, fingerprint: str = "a", kind: str = "test", **options) -> RunFolder:
+    return RunFolder(path, Settings(lr=lr), {"kind": kind, "fingerprint": fingerprint}, **options)
+
+
+def begin(*arguments, **options) -> None:
+    with folder(*arguments, **options) as run:
+        run.begin()
+
+
+def test_nothing_is_written_or_deleted_before_begin_and_then_only_what_is_ours(tmp_path):
+    path = tmp_path / "run"
+    folder(path)
+    assert not path.exists()
+    begin(path)
+    save(path, 3, nn.Linear(3, 2))
+    (path / "thesis.tex").write_text("precious")
+    folder(path, lr=1.0, overwrite=True)
+    assert latest_checkpoint(path) is not None
+    begin(path, lr=1.0, overwrite=True)
+    assert latest_checkpoint(path) is None
+    assert "lr: 1.0" in (path / "config.yaml").read_text()
+    assert (path / "thesis.tex").read_text() == "precious"
 
 
 def test_a_resume_cuts_the_log_after_its_checkpoint_and_an_unstarted_run_may_change(tmp_path):
-    run = RunFolder(tmp_path, Settings(), {"fingerprint": "a"})
-    run.begin()
-    RunFolder(tmp_path, Settings(lr=5.0), {"fingerprint": "b"}).begin()  # no checkpoint: nothing to contradict
+    begin(tmp_path)
+    begin(tmp_path, lr=5.0, fingerprint="b")  # no checkpoint: nothing to contradict
     save(tmp_path, 3, nn.Linear(3, 2))
-    for step in (2, 3, 4):
-        run.log(step, step * 8, 0.1, {"loss/l1": math.nan if step == 2 else 1.0})
-    run.close()
+    with folder(tmp_path, lr=5.0, fingerprint="b") as run:
+        for step in (2, 3, 4):
+            run.log(step, step * 8, 0.1, {"loss/l1": math.nan if step == 2 else 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "ima')  # cut short by a crash
-    RunFolder(tmp_path, Settings(lr=5.0), {"fingerprint": "b"}).begin()
+    begin(tmp_path, lr=5.0, fingerprint="b")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3]
     assert lines[0]["loss/l1"] is None  # JSON has no NaN
     assert len(json.loads((tmp_path / "environment.json").read_text())["resumed"]) == 2
     with pytest.raises(UsageError, match="another lr"):
-        RunFolder(tmp_path, Settings(), {"fingerprint": "b"})
+        folder(tmp_path, fingerprint="b")
     with pytest.raises(UsageError, match="another fingerprint"):
-        RunFolder(tmp_path, Settings(lr=5.0), {"fingerprint": "c"})
+        folder(tmp_path, lr=5.0, fingerprint="c")
+
+
+def test_folders_that_are_not_this_kind_of_run_are_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine: true")  # a folder of somebody's, with a file of that name
+    with pytest.raises(UsageError, match="not a run folder"):
+        folder(tmp_path, overwrite=True)
+    begin(tmp_path / "run")
+    with pytest.raises(UsageError, match="another stage"):
+        folder(tmp_path / "run", kind="other", overwrite=True)
+
+
+def test_two_processes_cannot_train_one_run_and_an_error_is_recorded(tmp_path):
+    run = folder(tmp_path)
+
+    def fail() -> None:
+        with run:
+            run.begin()
+            with pytest.raises(UsageError, match="another process"):
+                begin(tmp_path)
+            run.set_status("running", 3, 9)
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
+    assert (run.status["state"], run.status["step"], run.status["of"]) == ("failed", 3, 9)
+    begin(tmp_path)  # the lock is free again
+
+
+def test_fp16_gradients_of_one_optimiser_are_unscaled_without_touching_the_other():
+    """accelerate's own clip would unscale both, and what the other accumulates next would be scaled again."""
+    one, other = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (one, other)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    class Accelerator:
+        def unscale_gradients(self, optimizer):
+            scaler.unscale_(optimizer)
+
+    for module in (one, other):
+        scaler.scale(module(torch.ones(1, 2)).sum()).backward()
+    norm = clip_gradients(Accelerator(), optimizers[0], one.parameters(), 100.0)
+    assert norm.item() == pytest.approx(math.sqrt(2))
+    assert torch.equal(one.weight.grad, torch.ones(1, 2))
+    assert torch.equal(other.weight.grad, torch.full((1, 2), 8.0))
+
+
+def test_the_first_term_that_is_not_finite_is_named():
+    good, bad = torch.tensor([1.0, 2.0]), torch.tensor([1.0, math.nan])
+    assert first_non_finite({"a": good, "b": torch.tensor(0.0)}) is None
+    assert first_non_finite({"a": good, "b": bad, "c": torch.tensor(math.inf)}) == "b"
 
 
 def test_a_stop_request_hears_signals_and_gives_the_handlers_back():
@@ -156,8 +228,10 @@ def test_devices_and_precisions_that_cannot_be_are_refused():
     assert resolve_device("cpu").type == "cpu"
     with pytest.raises(UsageError, match="unknown device"):
         resolve_device("gpu")
+    with pytest.raises(UsageError, match="not supported"):
+        resolve_device("mps")
     with pytest.raises(UsageError, match="use bf16 or no"):
         check_precision(torch.device("cpu"), "fp16")
     if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="no CUDA device"):
+        with pytest.raises(UsageError, match="0 CUDA devices"):
             resolve_device("cuda:1")

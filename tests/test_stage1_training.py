@@ -9,7 +9,8 @@ import torch
 from wavelatent.common.config import Config
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
 from wavelatent.common.images import Batch, open_data, read_batch
-from wavelatent.common.runtime import RunFolder, RuntimeOptions, make_accelerator
+from wavelatent.common.run_folder import RunFolder
+from wavelatent.common.runtime import RuntimeOptions, make_accelerator
 from wavelatent.pipelines.loading import load_autoencoder
 from wavelatent.pipelines.run_config import AutoencoderRunConfig
 from wavelatent.pipelines.train_autoencoder import train_autoencoder
@@ -159,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_term_and_saves_the_st
 
 def build_trainer(tmp_path, data, settings: Config) -> AutoencoderTrainer:
     accelerator = make_accelerator(CPU, settings.train.gradient_accumulation)
-    run = RunFolder(tmp_path, settings, {})
+    run = RunFolder(tmp_path, settings, {"kind": "test"})
     return AutoencoderTrainer(
         settings.model, settings.objective, settings.train, data=data, seed=0, run=run, accelerator=accelerator
     )
@@ -179,7 +180,7 @@ def test_accumulated_micro_steps_equal_one_whole_batch(tmp_path, data, monkeypat
         trainer = build_trainer(tmp_path / str(accumulation), data, settings)
         seen: dict[str, list[torch.Tensor]] = {}
 
-        def record(accelerator, parameters, max_norm, seen=seen):
+        def record(accelerator, optimizer, parameters, max_norm, seen=seen):
             parameters = list(parameters)
             seen[f"network {len(seen)}"] = [p.grad.clone() for p in parameters]
             return torch.stack([g.norm() for g in seen[f"network {len(seen) - 1}"]]).norm()
@@ -200,7 +201,7 @@ def test_accumulated_micro_steps_equal_one_whole_batch(tmp_path, data, monkeypat
 
 def test_the_generators_loss_leaves_no_gradient_in_the_discriminator(tmp_path, data):
     trainer = build_trainer(tmp_path, data, config(objective__adversarial__start=0))
-    trainer._generator_step(read_batch(data, [0, 1, 2, 3]).images, trainer_module.Clock(0.0, 0))
+    trainer._generator_backward(read_batch(data, [0, 1, 2, 3]).images, trainer_module.Clock(0.0, 0))
     assert all(p.grad is None for p in trainer.discriminator.parameters())
     assert all(p.requires_grad for p in trainer.discriminator.parameters())
 
