@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .metric_weights import inception_weights
+from .precision import full_float32
 from .torchvision_import import ensure_torchvision
 
 FEATURES_NAME = "inception-v3-2015-12-05"
@@ -47,7 +47,7 @@ class InceptionFeatures:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return the features ``[B, dim]`` float32 on the CPU of uint8 images ``[B,3,H,W]``."""
-        with _full_float32(self.device):
+        with full_float32(self.device):
             (features,) = self._network(images.to(self.device))
         return features.float().cpu()
 
@@ -74,19 +74,3 @@ def _build_network(tensors: dict[str, Tensor], layer: FeatureLayer) -> torch.nn.
     state.seek(0)
     with torch.random.fork_rng(devices=[]):  # its layers are first filled at random
         return FeatureExtractorInceptionV3(FEATURES_NAME, [layer], feature_extractor_weights_path=state)
-
-
-@contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    if device.type != "cuda":
-        with torch.autocast(device.type, enabled=False):
-            yield
-        return
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    try:
-        cudnn.allow_tf32, matmul.allow_tf32 = False, False
-        with torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .metric_weights import lpips_backbone
+from .precision import full_float32
 from .torchvision_import import ensure_torchvision
 
 LpipsNet = Literal["vgg", "alex"]
@@ -20,7 +21,8 @@ class PerceptualDistance(nn.Module):
     Its gradient reaches the first argument only; the target's features are taken without a graph. It computes in
     float32 whatever autocast is active (in bfloat16 the gradient is 15 % off), stays in eval mode when its parent is
     put into train mode (the heads have dropout), and neither lists nor saves its parameters, so that optimizers,
-    weight averages, checkpoints and model folders do not carry it.
+    weight averages, checkpoints and model folders do not carry it. Where no gradient is recorded it is a metric and
+    computes without TF32 too; as a loss it leaves that to the program, for its speed.
 
     Args:
         net: ``"vgg"`` (the usual training loss) or ``"alex"`` (the usual figure in tables; four times faster).
@@ -67,7 +69,8 @@ class PerceptualDistance(nn.Module):
         if min(images.shape[-2:]) < MIN_SIZE:
             raise ValueError(f"LPIPS needs images of at least {MIN_SIZE} px, got {tuple(images.shape[-2:])}")
         model = self._frozen[0]
-        with torch.autocast(images.device.type, enabled=False):
+        is_loss = torch.is_grad_enabled() and images.requires_grad
+        with torch.autocast(images.device.type, enabled=False) if is_loss else full_float32(images.device):
             with torch.no_grad():
                 target_features = _unit_features(model, target.float())
             image_features = _unit_features(model, images.float())

@@ -84,3 +84,16 @@ def test_images_that_are_no_pair_or_too_small_are_refused(alex):
         alex(_images(0), _images(1)[:, :, :-1])
     with pytest.raises(ValueError, match="at least 32 px"):
         alex(_images(0, height=31), _images(1, height=31))
+
+
+def test_as_a_metric_it_computes_without_tf32_and_puts_the_setting_back(alex, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's default
+    seen = []
+    handle = alex._frozen[0].net.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    with torch.no_grad():
+        alex(_images(0), _images(1))
+    assert seen == [False, False]
+    assert torch.backends.cudnn.allow_tf32
+    alex(_images(0).requires_grad_(), _images(1))
+    handle.remove()
+    assert seen[2:] == [True, True], "as a loss it leaves the setting to the program"
