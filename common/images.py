@@ -6,7 +6,6 @@ Everywhere in the package an image is float, ``[B, 3, H, W]``, in [-1, 1]; on di
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import UsageError
+from .files import open_atomically
 from .image_folders import FolderImages
 from .image_sources import CheckedImages, SkippedFile
 from .ordering import step_flips, step_indices
@@ -191,11 +191,8 @@ def _unchanged(batch: Any) -> Any:
 def save_png(path: str | Path, image: Tensor | NDArray[np.uint8]) -> None:
     """Write a tensor ``[3, H, W]`` in [-1, 1] or an array uint8 ``[H, W, 3]`` as PNG, whole or not at all."""
     pixels = to_uint8(image.detach().cpu()).permute(1, 2, 0).numpy() if isinstance(image, Tensor) else image
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(pixels).save(temporary, format="png")
-    os.replace(temporary, path)
+    with open_atomically(Path(path)) as file:
+        Image.fromarray(pixels).save(file, format="png")
 
 
 def save_grid(path: str | Path, images: Tensor, columns: int, gap: int = 2) -> None:

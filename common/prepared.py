@@ -10,8 +10,6 @@ On disk::
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import UsageError, WavelatentError
+from .files import open_atomically, sha256_file, write_atomically
 from .image_sources import SkippedFile, content_fingerprint
 
 MANIFEST = "manifest.json"
@@ -121,7 +120,7 @@ class PreparedFolder:
         """Compare every file with its checksum. Raises `WavelatentError` naming the first that differs."""
         for shard in self.manifest.shards:
             for file, expected in ((shard.file, shard.sha256), (shard.label_file, shard.label_sha256)):
-                if file is not None and file_sha256(self.root / file) != expected:
+                if file is not None and _sha256(self.root / file) != expected:
                     raise WavelatentError(f"{self.root / file} is damaged: run prepare again with --overwrite")
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -162,9 +161,7 @@ def read_record(model: type[R], path: Path) -> R:
 
 def write_record(path: Path, record: Record) -> None:
     """Write a manifest or progress file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, record.model_dump_json(indent=1) + "\n")
 
 
 def write_shard(root: Path, number: int, images: Sequence[NDArray[np.uint8]], labels: Sequence[int] | None) -> Shard:
@@ -183,26 +180,18 @@ def prepared_fingerprint(shards: Sequence[Shard], transform: dict[str, object]) 
     return content_fingerprint((bytes.fromhex(digest) for digest in sums), None, transform)
 
 
-def file_sha256(path: Path) -> str:
+def _write_array(path: Path, array: NDArray) -> str:
+    with open_atomically(path) as file:
+        np.save(file, array, allow_pickle=False)
+    return sha256_file(path)
+
+
+def _sha256(path: Path) -> str:
     """Return the sha256 hex of a file. Raises `WavelatentError` when it is missing."""
     try:
-        with path.open("rb") as stream:
-            digest = hashlib.sha256()
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        return sha256_file(path)
     except FileNotFoundError:
         raise WavelatentError(f"{path} is missing: run prepare again with --overwrite") from None
-    return digest.hexdigest()
-
-
-def _write_array(path: Path, array: NDArray) -> str:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    return file_sha256(path)
 
 
 def _open_array(path: Path, shape: tuple[int, ...], mmap_mode: Literal["r"] | None) -> NDArray:
