@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from .latent_cache import (
 )
 from .latents import LatentStatistics, Posterior
 
+PLAN = "plan.json"
 SHARD_BYTES = 64 * 2**20
 MAX_SHARD_SIZE = 4096
 STATISTICS_CHUNK = 512
@@ -63,6 +65,39 @@ def default_shard_size(shape: tuple[int, int, int], dtype: CacheDtype, flips: bo
     return max(1, min(MAX_SHARD_SIZE, SHARD_BYTES // bytes_each))
 
 
+def require_cache_folder(path: Path) -> None:
+    """Raise :class:`UsageError` unless ``path`` is a cache, finished or not, what is left of one, or free for one."""
+    if path.is_file():
+        raise UsageError(f"{path} is a file; --out takes a folder")
+    manifest, plan = path / MANIFEST, path / PARTIAL / PLAN
+    if manifest.exists():
+        ours = _has_keys(manifest, Manifest)
+    else:
+        ours = _has_keys(plan, CachePlan) or all(_is_ours(entry) for entry in _entries(path))
+    if not ours:
+        raise UsageError(f"{path} is not empty and not a latent cache; give another --out")
+
+
+def _has_keys(file: Path, model: type[BaseModel]) -> bool:
+    """Tell whether ``file`` is a JSON object that has what ``model`` cannot do without."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    required = {name for name, field in model.model_fields.items() if field.is_required()}
+    return isinstance(content, dict) and required <= content.keys()
+
+
+def _entries(path: Path) -> list[Path]:
+    """Return what lies in the folder ``path`` and in its ``partial/``."""
+    top = list(path.iterdir()) if path.is_dir() else []
+    return [entry for each in top for entry in (each.iterdir() if each.is_dir() and each.name == PARTIAL else [each])]
+
+
+def _is_ours(entry: Path) -> bool:
+    return any(fnmatch(entry.name, pattern) for pattern in (PLAN, "shard-*.json", "shard-*.safetensors", ".*.tmp"))
+
+
 class CacheWriter:
     """Writes one cache, from one process or several.
 
@@ -77,16 +112,18 @@ class CacheWriter:
     :meth:`save_rows`.
 
     Raises:
+        UsageError: where there is no image, or ``path`` is the folder of something else.
         WavelatentError: where ``path`` holds an unfinished cache of another plan, naming what differs.
     """
 
     def __init__(self, path: Path, plan: CachePlan) -> None:
         if plan.count < 1:
             raise UsageError(f"there is no image to encode in {plan.data.spec}")
+        require_cache_folder(path)
         self.path = path
         self.plan = plan
         self._rows: dict[str, list[Tensor]] = {}
-        file = path / PARTIAL / "plan.json"
+        file = path / PARTIAL / PLAN
         if file.exists():
             self._check_same(json.loads(file.read_text(encoding="utf-8")))
         else:
@@ -106,7 +143,8 @@ class CacheWriter:
 
     @staticmethod
     def clear(path: Path) -> None:
-        """Remove a cache, finished or not, and nothing else that is in the folder."""
+        """Remove a cache, finished or not, and nothing else that is in the folder. Raises as `require_cache_folder`."""
+        require_cache_folder(path)
         (path / MANIFEST).unlink(missing_ok=True)  # first: what is left after a crash is no cache
         for file in [*path.glob("shard-*.safetensors"), *path.glob(".*.tmp")]:
             file.unlink()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..common.errors import Stopped, UsageError
 from ..common.images import ImageData, iterate_batches, open_data
 from ..common.latent_cache import MANIFEST, AutoencoderRecord, CacheDtype, DataRecord, LatentCache, Manifest
-from ..common.latent_cache_writer import CachePlan, CacheWriter, default_shard_size
+from ..common.latent_cache_writer import CachePlan, CacheWriter, default_shard_size, require_cache_folder
 from ..common.latents import Posterior
 from ..common.runtime import MixedPrecision, RuntimeOptions, StopRequest, autocast, make_accelerator
 from .loading import load_autoencoder
@@ -64,11 +64,12 @@ def encode(
         ``shards``, ``bytes``, ``already_complete`` and ``seconds``.
 
     Raises:
-        UsageError: the image size does not suit the autoencoder.
+        UsageError: ``out`` is the folder of something else, or the image size does not suit the autoencoder.
         WavelatentError: the cache was begun or finished with other inputs, or a latent cannot be stored.
         Stopped: by ``max_minutes`` or a signal.
     """
     begin = time.monotonic()
+    require_cache_folder(out)
     accelerator = make_accelerator(RuntimeOptions(device=device, mixed_precision=mixed_precision))
     images = open_data(data, size=size)
     autoencoder = load_autoencoder(ae)

@@ -135,3 +135,40 @@ def test_a_relative_autoencoder_folder_is_recorded_as_absolute(
     ]:
         encode(spec, DATA, Path("cache"), size=SIZE, device="cpu", overwrite=True)
         assert LatentCache.open("cache").manifest.autoencoder.path == recorded
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "contents",
+    [
+        {"thesis.tex": "precious"},
+        {"config.yaml": "a: run", "metrics.jsonl": "", "checkpoints/checkpoint-1/state.json": "{}"},
+        {"manifest.json": '{"format": 1, "spec": "photos", "shards": []}', "images-00000.npy": "a prepared folder"},
+        {"partial/chapter.tex": "precious"},
+    ],
+    ids=["file", "run", "prepared", "partial"],
+)
+def test_a_folder_of_something_else_is_refused_and_left_alone(
+    tmp_path: Path, autoencoder: TinyAutoencoder, contents: dict[str, str], overwrite: bool
+) -> None:
+    for name, text in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match="not empty and not a latent cache; give another --out"):
+        run(tmp_path, overwrite=overwrite)
+    found = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == contents
+
+
+def test_a_file_as_target_is_refused(tmp_path: Path, autoencoder: TinyAutoencoder) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        run(tmp_path / "file")
+
+
+def test_what_a_killed_overwrite_left_of_a_cache_is_written_over(tmp_path: Path, autoencoder: TinyAutoencoder) -> None:
+    run(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / ".plan.json.7.tmp").touch()
+    assert run(tmp_path)["count"] == 11
