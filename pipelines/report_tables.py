@@ -222,7 +222,7 @@ def summary(variants: Sequence[Variant], rows: Sequence[Mapping[str, Cell]]) -> 
         )
     missing = dict.fromkeys(METRICS_BY_KEY[key].title for row in rows for key, cell in row.items() if cell.not_computed)
     if missing:
-        lines.append(f"Not computed for every variant: {', '.join(missing)}. The reasons stand below the table.")
+        lines.append(f"Missing for at least one variant: {', '.join(missing)}. The reasons stand below the table.")
     lines += [note[0].upper() + note[1:] + "." for variant in variants for note in variant.notes]
     return lines
 
