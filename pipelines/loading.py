@@ -23,6 +23,8 @@ def model_folder(spec: str | Path) -> Path:
     Raises :class:`UsageError` where there is none, and :class:`WavelatentError` for a run that has not saved one yet.
     """
     path = Path(spec)
+    if str(spec).startswith("diffusers:"):
+        raise UsageError(f"{spec}: diffusers autoencoders cannot be loaded yet; give a run folder of train-ae")
     if not path.is_dir():
         raise UsageError(f"{spec}: no such folder; give a run folder or a saved model folder")
     if (path / "model" / "config.json").is_file():
