@@ -16,7 +16,7 @@ from ..common.images import ImageData, iterate_batches, open_data
 from ..common.latent_cache import MANIFEST, AutoencoderRecord, CacheDtype, DataRecord, LatentCache, Manifest
 from ..common.latent_cache_writer import CachePlan, CacheWriter, default_shard_size, require_cache_folder
 from ..common.latents import Posterior
-from ..common.runtime import MixedPrecision, RuntimeOptions, StopRequest, autocast, make_accelerator
+from ..common.runtime import MixedPrecision, RuntimeOptions, StopRequest, accelerated, autocast
 from .loading import load_autoencoder
 
 if TYPE_CHECKING:
@@ -70,29 +70,19 @@ def encode(
     """
     begin = time.monotonic()
     require_cache_folder(out)
-    accelerator = make_accelerator(RuntimeOptions(device=device, mixed_precision=mixed_precision))
-    images = open_data(data, size=size)
-    autoencoder = load_autoencoder(ae)
-    plan = _plan(autoencoder, images, _resolved(ae), dtype, flips, mixed_precision, shard_size)
-    if overwrite and accelerator.is_main_process:
-        CacheWriter.clear(out)
-    accelerator.wait_for_everyone()
-    if already_complete := (out / MANIFEST).exists():
-        manifest = _reopen(out, plan)
-    else:
-        writer = CacheWriter(out, plan)
-        with StopRequest(max_minutes) as stop:
-            _write_shards(writer, autoencoder, images, batch_size, accelerator, stop)
+    options = RuntimeOptions(device=device, mixed_precision=mixed_precision)
+    with StopRequest(max_minutes) as stop, accelerated(options) as accelerator:
+        images = open_data(data, size=size)
+        autoencoder = load_autoencoder(ae)
+        plan = _plan(autoencoder, images, _resolved(ae), dtype, flips, mixed_precision, shard_size)
+        if overwrite and accelerator.is_main_process:
+            CacheWriter.clear(out)
         accelerator.wait_for_everyone()
-        if missing := writer.num_missing:
-            raise Stopped(
-                f"encode stopped ({stop.reason or 'another process'}) with {plan.num_shards - missing} of "
-                f"{plan.num_shards} shards finished and everything encoded so far saved; run the same command to go on"
-            )
-        if accelerator.is_main_process:
-            writer.finish()
-        accelerator.wait_for_everyone()
-        manifest = LatentCache.open(out, verify=False).manifest
+        if already_complete := (out / MANIFEST).exists():
+            _check_same(out, plan)
+        else:
+            _write_cache(CacheWriter(out, plan), autoencoder, images, batch_size, accelerator, stop)
+    manifest = LatentCache.open(out, verify=False).manifest
     return _summary(out, manifest, already_complete, time.monotonic() - begin)
 
 
@@ -137,7 +127,7 @@ def _resolved(spec: str) -> str:
     return f"{scheme}{colon}{Path(path).resolve()}" if path and Path(path).exists() else spec
 
 
-def _reopen(out: Path, plan: CachePlan) -> Manifest:
+def _check_same(out: Path, plan: CachePlan) -> None:
     """Verify the finished cache ``out`` and that it is the one that was asked for."""
     manifest = LatentCache.open(
         out, autoencoder_fingerprint=plan.autoencoder.fingerprint, data_fingerprint=plan.data.fingerprint
@@ -151,7 +141,28 @@ def _reopen(out: Path, plan: CachePlan) -> Manifest:
                 f"{out} is a finished cache with {name} {recorded[name]}, not {value}; "
                 "give another --out, or --overwrite to start again"
             )
-    return manifest
+
+
+def _write_cache(
+    writer: CacheWriter,
+    autoencoder: Autoencoder,
+    images: ImageData,
+    batch_size: int,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> None:
+    """Write every process's shards and, when all are there, the manifest. Raises :class:`Stopped`."""
+    _write_shards(writer, autoencoder, images, batch_size, accelerator, stop)
+    accelerator.wait_for_everyone()
+    total, missing = writer.plan.num_shards, writer.num_missing
+    accelerator.wait_for_everyone()  # all have counted, before one of them removes what is counted
+    if missing:
+        raise Stopped(
+            f"encode stopped ({stop.reason or 'another process'}) with {total - missing} of {total} shards finished "
+            "and everything encoded so far saved; run the same command to go on"
+        )
+    if accelerator.is_main_process:
+        writer.finish()
 
 
 def _write_shards(

@@ -1,4 +1,10 @@
 import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -8,6 +14,7 @@ from torch import Tensor, nn
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
 from wavelatent.common.images import iterate_batches, open_data
 from wavelatent.common.latent_cache import LatentCache
+from wavelatent.common.latent_cache_writer import CacheWriter
 from wavelatent.common.latents import Posterior
 from wavelatent.pipelines.encode import encode
 
@@ -172,3 +179,54 @@ def test_what_a_killed_overwrite_left_of_a_cache_is_written_over(tmp_path: Path,
     (tmp_path / "partial").mkdir()
     (tmp_path / "partial" / ".plan.json.7.tmp").touch()
     assert run(tmp_path)["count"] == 11
+
+
+@dataclass(frozen=True)
+class Process:
+    """One thread that passes for one of several processes."""
+
+    process_index: int
+    num_processes: int
+    barrier: threading.Barrier
+    device = torch.device("cpu")
+    mixed_precision = "no"
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.process_index == 0
+
+    def wait_for_everyone(self) -> None:
+        self.barrier.wait(timeout=30)
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_all_processes_decide_alike_whether_the_cache_is_complete(
+    tmp_path: Path, autoencoder: TinyAutoencoder, monkeypatch: pytest.MonkeyPatch, slow: int
+) -> None:
+    """Whichever of two counts the finished shards late, none finds that the other has already cleared them away."""
+    barrier = threading.Barrier(2)
+    rank = threading.local()
+
+    @contextmanager
+    def accelerated(options: object) -> Iterator[Process]:
+        yield Process(rank.index, 2, barrier)
+        barrier.wait(timeout=30)
+
+    counted = CacheWriter.num_missing.fget
+    assert counted is not None
+
+    def num_missing(writer: CacheWriter) -> int:
+        if rank.index == slow:
+            time.sleep(0.5)
+        return counted(writer)
+
+    def process(index: int) -> dict[str, object]:
+        rank.index = index
+        return run(tmp_path)
+
+    monkeypatch.setattr("wavelatent.pipelines.encode.accelerated", accelerated)
+    monkeypatch.setattr(CacheWriter, "num_missing", property(num_missing))
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(process, [0, 1]))
+    assert [result["count"] for result in results] == [11, 11]
+    assert autoencoder.seen == 11
