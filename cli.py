@@ -196,6 +196,7 @@ def train_ae(
 @DATA
 @OUT
 @SIZE
+@BAD
 @click.option("--flips", is_flag=True, help="Cache the mirror images too, re-encoded.")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default=None, help="Of the cache.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=None, help="Images per shard.")
@@ -273,6 +274,7 @@ def evaluate() -> None:
 @AE
 @DATA
 @SIZE
+@BAD
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for metrics.json.")
 @click.option("--num-images", type=click.IntRange(min=1), default=None, help="How many images; all by default.")
 @click.option("--lpips-net", type=click.Choice(["alex", "vgg"]), default=None, help="alex by default.")
@@ -294,6 +296,7 @@ def reconstruction(as_json: bool, **arguments: Any) -> None:
 @click.option("--num", type=click.IntRange(min=1), default=None, help="How many samples.")
 @DATA
 @SIZE
+@BAD
 @SAMPLER
 @click.option("--num-reference", type=click.IntRange(min=1), default=None, help="Reference images; all by default.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for metrics.json.")
@@ -326,6 +329,7 @@ def doctor(as_json: bool, fetch: bool) -> None:
 @click.argument("runs", nargs=-1, required=True, type=FOLDER)
 @OUT
 @click.option("--data", default=None, help="Reconstruct images of this data set instead of showing saved grids.")
+@BAD
 @click.option("--title", default=None, help="Heading of the page.")
 @NO_NETWORKS
 @JSON

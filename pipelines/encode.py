@@ -39,11 +39,13 @@ def encode(
     max_minutes: float | None = None,
     overwrite: bool = False,
     size: int | None = None,
+    max_bad_fraction: float = 0.01,
 ) -> dict[str, Any]:
     """Encode every image of ``data`` once with ``ae`` and write the latent cache ``out``.
 
     Run again, it goes on where it was stopped; a finished cache is verified and left as it is. Under ``torchrun`` the
-    processes share the shards.
+    processes share the shards, and each of them decodes and checks a whole folder of images first: give them one that
+    ``prepare`` made.
 
     Args:
         ae: autoencoder, as on the command line.
@@ -58,6 +60,7 @@ def encode(
         max_minutes: stop, with everything encoded so far saved, after so many minutes.
         overwrite: remove a cache that is there, finished or not, and start again.
         size: side of the images in pixels; None is the data's own.
+        max_bad_fraction: how many unreadable or too small files of ``data`` may be skipped.
 
     Returns:
         What the cache holds: ``cache``, ``count``, ``shape``, ``dtype``, ``flips``, ``posterior``, ``stats``,
@@ -72,7 +75,7 @@ def encode(
     require_cache_folder(out)
     options = RuntimeOptions(device=device, mixed_precision=mixed_precision)
     with StopRequest(max_minutes) as stop, accelerated(options) as accelerator:
-        images = open_data(data, size=size)
+        images = open_data(data, size=size, max_bad_fraction=max_bad_fraction)
         autoencoder = load_autoencoder(ae)
         plan = _plan(autoencoder, images, _resolved(ae), dtype, flips, mixed_precision, shard_size)
         if overwrite and accelerator.is_main_process:

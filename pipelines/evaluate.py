@@ -34,6 +34,7 @@ def evaluate_reconstruction(
     out: Path | None = None,
     num_images: int | None = None,
     size: int | None = None,
+    max_bad_fraction: float = 0.01,
     batch_size: int = 32,
     lpips_net: LpipsNet = "alex",
     seed: int = 0,
@@ -54,6 +55,7 @@ def evaluate_reconstruction(
             autoencoder's folder, and nothing is saved for one that has no folder.
         num_images: how many images, the first of the order drawn from ``seed``; None is all.
         size: side of the images in pixels; None is the data's own.
+        max_bad_fraction: how many unreadable or too small files of ``data`` may be skipped.
         batch_size: images per pass, of the autoencoder and of the metrics.
         lpips_net: ``alex``, usual in tables, or ``vgg``. Papers often do not say which they used.
         seed: draws the order of the images.
@@ -67,7 +69,7 @@ def evaluate_reconstruction(
     begin = time.monotonic()
     place = resolve_device(device)
     check_precision(place, mixed_precision)
-    images = open_data(data, size=size)
+    images = open_data(data, size=size, max_bad_fraction=max_bad_fraction)
     indices = choose_images(len(images), num_images, seed)
     autoencoder = load_autoencoder(ae).to(place)
     _check_divides(images.size, autoencoder.downsampling)
@@ -107,6 +109,7 @@ def evaluate_generation(
     out: Path | None = None,
     num_reference: int | None = None,
     size: int | None = None,
+    max_bad_fraction: float = 0.01,
     batch_size: int = 32,
     seed: int = 0,
     reference_seed: int = 0,
@@ -129,6 +132,7 @@ def evaluate_generation(
             ``evaluation-generation`` in the run's.
         num_reference: how many reference images, the first of the order drawn from ``reference_seed``; None is all.
         size: side of the reference images in pixels; None is the data's own.
+        max_bad_fraction: how many unreadable or too small files of ``data`` may be skipped.
         batch_size: images per pass.
         seed: the first seed to sample a run with, as in ``sample``.
         reference_seed: draws the order of the reference images; another order is another cache entry.
@@ -144,7 +148,7 @@ def evaluate_generation(
     begin = time.monotonic()
     place = resolve_device(device)
     check_precision(place, mixed_precision)
-    images = open_data(data, size=size)
+    images = open_data(data, size=size, max_bad_fraction=max_bad_fraction)
     source: SampleSource
     if samples is not None and run is None:
         source, folder = SampleFolder(samples, num), samples

@@ -41,6 +41,7 @@ def report(
     title: str = "Variants side by side",
     notes: Sequence[str] = (),
     data: str | None = None,
+    max_bad_fraction: float = 0.01,
     commands: Sequence[str] = (),
 ) -> Path:
     """Write ``out/index.html`` and ``out/report.json`` about ``runs``; return the path of the page.
@@ -53,6 +54,7 @@ def report(
         title: heading of the page.
         notes: sentences of the caller's own, put first into the summary.
         data: DATA whose images are reconstructed; without it, the grids that training saved are shown.
+        max_bad_fraction: how many unreadable or too small files of ``data`` may be skipped.
         commands: command lines that make it all again, where there are better ones than the runs recorded.
 
     Raises:
@@ -70,7 +72,7 @@ def report(
         rows=list(zip(variants, rows, strict=True)),
         footnotes=_footnotes(variants, rows),
         protocols=[(heading, protocol_table(variants, stage)) for stage, heading in STAGES.items()],
-        reconstructions=_reconstruction_strips(variants, data),
+        reconstructions=_reconstruction_strips(variants, data, max_bad_fraction),
         samples=_sample_sheets(variants),
         curves=[(STAGES[stage], _figures(_runs_by_name(variants, stage))) for stage in STAGES],
         latents=[(name, found, _uri(found.figure)) for name, found in latents.items() if found],
@@ -117,7 +119,9 @@ def _footnotes(variants: Sequence[Variant], rows: Sequence[Mapping[str, Cell]]) 
     return lines
 
 
-def _reconstruction_strips(variants: Sequence[Variant], data: str | None) -> list[dict[str, str | None]]:
+def _reconstruction_strips(
+    variants: Sequence[Variant], data: str | None, max_bad_fraction: float
+) -> list[dict[str, str | None]]:
     """Return the rows of the section: originals once where they are the same, each variant's reconstructions."""
     strips: list[dict[str, str | None]] = []
     shown: bytes | None = None
@@ -126,7 +130,7 @@ def _reconstruction_strips(variants: Sequence[Variant], data: str | None) -> lis
         if variant.first is not None and variant.first.path in done:
             continue
         done |= {variant.first.path} if variant.first else set()
-        row: Reconstruction = reconstruction(variant, data)
+        row: Reconstruction = reconstruction(variant, data, max_bad_fraction)
         if row.originals is None or row.reconstructions is None:
             strips.append({"name": variant.name, "missing": row.source, "uri": None, "alt": None})
             continue

@@ -78,12 +78,12 @@ def untile(grid: Pixels, columns: int, count: int) -> list[Pixels]:
     return [grid[top : top + side, left : left + side] for top, left in corners]
 
 
-def reconstruction(variant: Variant, data: str | None) -> Reconstruction:
+def reconstruction(variant: Variant, data: str | None, max_bad_fraction: float = 0.01) -> Reconstruction:
     """Reconstruct images of ``data`` with the variant's autoencoder, or take the last grid that its training saved."""
     if variant.first is None:
         return Reconstruction(None, None, "there is no stage-1 run")
     if data is not None:
-        return _reconstruct(variant, variant.first, data)
+        return _reconstruct(variant, variant.first, data, max_bad_fraction)
     found = _last_grid(variant.first)
     if found is None:
         return Reconstruction(None, None, f"{variant.first.path} saved no sample grids; give the report data")
@@ -94,12 +94,13 @@ def reconstruction(variant: Variant, data: str | None) -> Reconstruction:
     )
 
 
-def _reconstruct(variant: Variant, run: Run, data: str) -> Reconstruction:
+def _reconstruct(variant: Variant, run: Run, data: str, max_bad_fraction: float) -> Reconstruction:
     autoencoder = variant.autoencoder
     if autoencoder is None:
         return Reconstruction(None, None, f"the model of {run.path} cannot be loaded")
     try:
-        images = open_data(data, size=int(run.inputs["data"]["transform"]["size"]))
+        size = int(run.inputs["data"]["transform"]["size"])
+        images = open_data(data, size=size, max_bad_fraction=max_bad_fraction)
         chosen = choose_images(len(images), min(RECONSTRUCTIONS, len(images)), seed=0)
         originals = read_batch(images, chosen).images
         with torch.no_grad():

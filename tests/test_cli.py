@@ -127,6 +127,15 @@ def test_wrong_input_gets_one_line_and_its_exit_code(run, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "command", ["prepare", "train-ae", "encode", "evaluate reconstruction", "evaluate generation", "report"]
+)
+def test_whatever_reads_images_can_be_told_how_many_may_be_bad(run, command):
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0
+    assert "--max-bad-fraction" in out
+
+
 def test_a_dry_run_prints_the_resolved_config_and_writes_nothing(run, tmp_path):
     code, out, _ = run(*AE, "--out", tmp_path / "x", "--max-steps", 7, "--seed", 3, "--json", "--dry-run")
     config = json.loads(out)

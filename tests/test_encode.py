@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
@@ -230,3 +231,16 @@ def test_all_processes_decide_alike_whether_the_cache_is_complete(
         results = list(pool.map(process, [0, 1]))
     assert [result["count"] for result in results] == [11, 11]
     assert autoencoder.seen == 11
+
+
+def test_bad_images_are_skipped_up_to_the_fraction_that_is_allowed(
+    tmp_path: Path, autoencoder: TinyAutoencoder
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "photos" / "3.png").write_bytes(b"not an image")
+    with pytest.raises(WavelatentError, match=r"1 of 4 images .* raise --max-bad-fraction"):
+        encode("ae", str(tmp_path / "photos"), tmp_path / "cache", device="cpu")
+    result = encode("ae", str(tmp_path / "photos"), tmp_path / "cache", device="cpu", max_bad_fraction=0.25)
+    assert result["count"] == 3

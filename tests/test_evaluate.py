@@ -269,6 +269,18 @@ def test_a_size_that_the_autoencoder_cannot_take_is_a_usage_error(data):
         evaluate_reconstruction("half", str(data), size=31)
 
 
+def test_bad_images_are_skipped_up_to_the_fraction_that_is_allowed(data, samples, without_lpips):
+    (data / "bad.png").write_bytes(b"not an image")
+    measures = [
+        lambda **options: evaluate_reconstruction("half", str(data), **options),
+        lambda **options: evaluate_generation(samples=samples, data=str(data), **options),
+    ]
+    for measure in measures:
+        with pytest.raises(WavelatentError, match="1 of 13 images"):
+            measure()
+        assert measure(max_bad_fraction=0.1).protocol["num_reference"] == COUNT
+
+
 def test_the_real_networks_through_the_whole_command(data, monkeypatch):
     from wavelatent.common.inception import InceptionFeatures
 

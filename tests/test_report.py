@@ -23,6 +23,7 @@ from wavelatent.pipelines.report import report
 from wavelatent.pipelines.report_pictures import tile, untile
 from wavelatent.pipelines.report_runs import read_variants
 from wavelatent.pipelines.report_tables import flatten, metric_rows
+from wavelatent.stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
 
 SIDE = 16
 RECONSTRUCTION = {
@@ -239,6 +240,20 @@ def test_lost_pieces_are_stated(two: tuple[Path, Path], tmp_path: Path) -> None:
     assert "no histograms" in page.text
     assert "none that logged anything" in page.text
     assert "2.900" in page.text  # the statistics are in the run's own record
+
+
+def test_bad_images_are_skipped_up_to_the_fraction_that_is_allowed(two: tuple[Path, Path], tmp_path: Path) -> None:
+    tiny = {"encoder": {"kind": "litevae", "size": "s", "levels": 1, "num_res_blocks": 1}, "decoder": {"width": "tiny"}}
+    Autoencoder(AutoencoderConfig.model_validate(tiny)).save_pretrained(two[1] / "model")
+    for number in range(3):
+        write(tmp_path / "photos" / f"{number}.png", "")
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "photos" / f"{number}.png")
+    write(tmp_path / "photos" / "3.png", "not an image")
+    options = {"out": tmp_path / "report", "data": str(tmp_path / "photos")}
+    assert "1 of 4 images" in parse(report(two[1:], **options)).text
+    page = parse(report(two[1:], **options, max_bad_fraction=0.25))
+    assert "1 of 4 images" not in page.text
+    assert f"from {tmp_path / 'photos'}" in page.text
 
 
 def test_samples_are_of_the_seeds_that_all_have(two: tuple[Path, Path], tmp_path: Path) -> None:
