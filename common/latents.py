@@ -13,6 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+MIN_RELATIVE_SCALE = 1e-4
+"""Smallest scale of a channel against the largest under ``channel`` whitening: our choice, below any in use."""
+
 
 @dataclass(frozen=True)
 class Posterior:
@@ -135,7 +138,11 @@ class Whitening(nn.Module):
     - ``none``: shift 0, scale 1;
     - ``scalar``: one shift and one scale, the mean and standard deviation over all channels together (what Stable
       Diffusion's 0.18215 stands for);
-    - ``channel``: one of each per channel. A constant channel is only shifted.
+    - ``channel``: one of each per channel, where the scale is at least `MIN_RELATIVE_SCALE` of the largest. A channel
+      that is all but constant would otherwise have its rounding errors blown up to unit variance, for the denoiser to
+      learn; so it stays all but constant, and what the denoiser gets wrong in it stays small in the raw latents.
+
+    Where every channel is constant, the scale is 1.
 
     The two are buffers, so they travel with whatever model contains this module.
 
@@ -167,7 +174,8 @@ class Whitening(nn.Module):
             shift, scale = overall.expand_as(shift), variance.sqrt().expand_as(scale)
         elif kind != "channel":
             raise ValueError(f"whitening is none, scalar or channel, not {kind!r}")
-        scale = torch.where(scale > 0, scale, 1.0)
+        largest = scale.amax()
+        scale = scale.clamp(min=MIN_RELATIVE_SCALE * largest) if largest > 0 else torch.ones_like(scale)
         self.register_buffer("shift", shift.float().reshape(1, -1, 1, 1).clone())
         self.register_buffer("scale", scale.float().reshape(1, -1, 1, 1).clone())
 

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import pytest
 import torch
 
@@ -106,9 +108,20 @@ def test_no_whitening_is_the_identity() -> None:
     assert torch.equal(Whitening("none", [1.0, 2.0, 3.0], [4.0, 5.0, 6.0])(raw), raw)
 
 
-def test_a_constant_channel_does_not_divide_by_zero() -> None:
-    whitening = Whitening("channel", [2.0, 0.0], [0.0, 1.0])
-    assert torch.equal(whitening(torch.full((1, 2, 3, 4), 2.0))[0, 0], torch.zeros(3, 4))
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_constant_channels_do_not_divide_by_zero(kind: Literal["scalar", "channel"]) -> None:
+    whitening = Whitening(kind, [2.0, 2.0], [0.0, 0.0])
+    assert torch.equal(whitening(torch.full((1, 2, 3, 4), 2.0)), torch.zeros(1, 2, 3, 4))
+    assert whitening.scale.flatten().tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("std", [0.0, 1e-8])
+def test_a_channel_that_is_all_but_constant_is_not_blown_up(std: float) -> None:
+    whitening = Whitening("channel", [2.0, 0.0, -1.0], [std, 5.0, 0.01])
+    assert whitening.scale.flatten().tolist() == pytest.approx([5e-4, 5.0, 0.01])
+    rounded = torch.full((1, 3, 2, 4), 2.0) + torch.finfo(torch.float32).eps * 2
+    assert whitening(rounded)[0, 0].abs().max() < 1e-3
+    assert torch.allclose(whitening.inverse(whitening(rounded)), rounded)
 
 
 def test_the_whitening_travels_in_the_state_dict() -> None:
