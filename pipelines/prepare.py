@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..common.errors import UsageError, WavelatentError
+from ..common.errors import Stopped, UsageError, WavelatentError
 from ..common.hf_data import HubImages, HubStream
 from ..common.image_folders import FolderImages
 from ..common.image_sources import Decoded, decode_item, ordered_map, require_few_bad
@@ -34,6 +34,7 @@ from ..common.prepared import (
     write_record,
     write_shard,
 )
+from ..common.runtime import StopRequest
 from ..common.synthetic_faces import SyntheticFaces
 from ..common.transforms import ImageTransform
 
@@ -76,6 +77,7 @@ def prepare(
     Raises:
         UsageError: there is no such data, or ``out`` holds something else.
         WavelatentError: too many files are bad, or a finished ``out`` is damaged.
+        Stopped: by SIGTERM or SIGINT; the finished shards are kept.
     """
     started = time.monotonic()
     out = Path(out)
@@ -170,8 +172,11 @@ def _write_images(out: Path, source: _Source, max_bad_fraction: float, num_worke
     progress = _read_progress(out, source)
     side = int(str(source.transform["size"]))
     shard_images = max(1, min(SHARD_IMAGES, SHARD_BYTES // (3 * side * side)))
-    items = source.items(progress.consumed, num_workers)
-    with tqdm(desc=f"preparing {source.spec}", total=source.total, initial=progress.consumed, unit="img") as bar:
+    with (
+        StopRequest() as stop,
+        tqdm(desc=f"preparing {source.spec}", total=source.total, initial=progress.consumed, unit="img") as bar,
+    ):
+        items = _until_stopped(source.items(progress.consumed, num_workers), stop, bar)
         while chunk := list(islice(items, shard_images)):
             progress = _add_shard(out, progress, chunk)
             if source.total is not None or progress.consumed >= UNKNOWN_LENGTH_PATIENCE:
@@ -196,6 +201,14 @@ def _write_images(out: Path, source: _Source, max_bad_fraction: float, num_worke
     )
     write_record(out / MANIFEST, manifest)
     (out / PROGRESS).unlink(missing_ok=True)
+
+
+def _until_stopped(items: Iterator[Decoded], stop: StopRequest, bar: tqdm) -> Iterator[Decoded]:
+    """Yield ``items``, and raise `Stopped` before the next one when asked to: the shard they were for is lost."""
+    for item in items:
+        if stop.reason:
+            raise Stopped(f"prepare stopped by {stop.reason} with {bar.n} images finished; run the same command to go on")
+        yield item
 
 
 def _read_progress(out: Path, source: _Source) -> Progress:

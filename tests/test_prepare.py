@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wavelatent.common.errors import UsageError, WavelatentError
+from wavelatent.common.errors import Stopped, UsageError, WavelatentError
 from wavelatent.common.images import open_data
 from wavelatent.pipelines import prepare as module
 from wavelatent.pipelines.prepare import prepare
@@ -94,6 +96,28 @@ def test_a_prepare_killed_in_the_middle_goes_on(
     monkeypatch.setattr(module, "decode_item", recorded)
     assert run(photos, tmp_path / "out")["state"] == "done"
     assert decoded == list(range(4 * stop_at, 11)), "finished shards are not decoded again"
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_stops_it_with_the_finished_shards_kept(
+    photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    run(photos, tmp_path / "whole")
+    original_decode, decoded = module.decode_item, []
+
+    def signalled(*rest: object) -> object:
+        decoded.append(rest[-1])
+        if decoded == list(range(6)):
+            os.kill(os.getpid(), number)
+        return original_decode(*rest)
+
+    monkeypatch.setattr(module, "decode_item", signalled)
+    with pytest.raises(Stopped, match=f"stopped by {number.name} with 4 images finished"):
+        run(photos, tmp_path / "out")
+    decoded.clear()
+    run(photos, tmp_path / "out")
+    assert decoded == list(range(4, 11))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

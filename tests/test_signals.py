@@ -82,6 +82,20 @@ def test_sigterm_to_the_group_stops_a_training_that_reads_with_workers(tmp_path:
         wait_until(lambda: is_gone(it.pid), seconds=60)
 
 
+def test_ctrl_c_stops_a_prepare_that_decodes_with_workers(tmp_path: Path) -> None:
+    out = tmp_path / "faces"
+    prepare = ["prepare", "--data", "synthetic:1000000", "--size", "16", "--num-workers", "2", "--out", out]
+    with group(ROOT / "cli.py", *prepare) as it:
+        wait_until((out / "images-00000.npy").exists, it)
+        os.killpg(it.pid, signal.SIGINT)
+        _, err = it.communicate(timeout=240)
+        assert it.returncode == 75, err
+        assert "Traceback" not in err
+        assert "stopped by SIGINT" in err
+        assert json.loads((out / "progress.json").read_text())["consumed"] > 0
+        wait_until(lambda: is_gone(it.pid), seconds=60)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_workers_outlive_a_signal_and_end_with_their_parent(number: signal.Signals) -> None:
     with group("-c", LOADING, ROOT) as parent:
