@@ -73,11 +73,11 @@ def encode(
     """
     begin = time.monotonic()
     require_cache_folder(out)
+    images = open_data(data, size=size, max_bad_fraction=max_bad_fraction)
+    autoencoder = load_autoencoder(ae)
+    plan = _plan(autoencoder, images, _resolved(ae), dtype, flips, mixed_precision, shard_size)
     options = RuntimeOptions(device=device, mixed_precision=mixed_precision)
     with StopRequest(max_minutes) as stop, accelerated(options) as accelerator:
-        images = open_data(data, size=size, max_bad_fraction=max_bad_fraction)
-        autoencoder = load_autoencoder(ae)
-        plan = _plan(autoencoder, images, _resolved(ae), dtype, flips, mixed_precision, shard_size)
         if overwrite and accelerator.is_main_process:
             CacheWriter.clear(out)
         accelerator.wait_for_everyone()
