@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import UsageError, WavelatentError
+from .errors import Stopped, UsageError, WavelatentError
 from .feature_distances import FeatureStatistics
 from .files import write_atomically
 from .images import ImageData, iterate_batches, to_uint8
 from .inception import InceptionFeatures
 from .metric_weights import cache_folder
 from .randomness import generator
+from .runtime import StopRequest
 
+T = TypeVar("T")
 PART = 1000
 
 
@@ -59,10 +62,31 @@ def uint8_batches(data: ImageData, batch_size: int, indices: Sequence[int]) -> I
         yield to_uint8(batch.images)
 
 
+def stoppable(batches: Iterable[T], stop: StopRequest | None) -> Iterator[T]:
+    """Yield ``batches``; raise :class:`Stopped` when one has been used and ``stop`` asks for it."""
+    for batch in batches:
+        yield batch
+        if stop is not None and stop.reason:
+            raise Stopped(
+                f"evaluate stopped by {stop.reason}; what is known of the reference is kept: run the same command again"
+            )
+
+
 def reference_features(
-    data: ImageData, extractor: InceptionFeatures, *, num: int | None = None, seed: int = 0, batch_size: int = 32
+    data: ImageData,
+    extractor: InceptionFeatures,
+    *,
+    num: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    stop: StopRequest | None = None,
 ) -> Reference:
-    """Return the features of the first ``num`` images of ``data`` in the order of ``seed``, from the cache if there."""
+    """Return the features of the first ``num`` images of ``data`` in the order of ``seed``, from the cache if there.
+
+    Raises:
+        UsageError: there are not so many.
+        Stopped: ``stop`` asks for it; what has been extracted is kept, as after any other end.
+    """
     identity = {
         "data": data.fingerprint(),
         "features": f"{extractor.name}/{extractor.dim}",
@@ -77,14 +101,20 @@ def reference_features(
         for number, start in enumerate(range(0, len(indices), PART)):
             path = folder / f"part-{number:05d}.safetensors"
             wanted = indices[start : start + PART]
-            parts.append(_part(path, data, extractor, wanted, batch_size, progress))
+            parts.append(_part(path, data, extractor, wanted, batch_size, progress, stop))
     features = torch.cat(parts)
     statistics = _statistics(folder / f"statistics-{len(features)}.safetensors", features, identity)
     return Reference(features, statistics, data.fingerprint())
 
 
 def _part(
-    path: Path, data: ImageData, extractor: InceptionFeatures, indices: list[int], batch_size: int, progress: tqdm
+    path: Path,
+    data: ImageData,
+    extractor: InceptionFeatures,
+    indices: list[int],
+    batch_size: int,
+    progress: tqdm,
+    stop: StopRequest | None,
 ) -> Tensor:
     from safetensors.torch import save
 
@@ -93,12 +123,14 @@ def _part(
     if len(features) == len(indices):
         return features
     rows = [features]
-    for batch in uint8_batches(data, batch_size, indices[len(features) :]):
-        rows.append(extractor(batch))
-        progress.update(len(batch))
-    features = torch.cat(rows)
-    with suppress(OSError):  # a cache that cannot be written costs time, not the result
-        write_atomically(path, save({"features": features}))
+    try:
+        for batch in stoppable(uint8_batches(data, batch_size, indices[len(features) :]), stop):
+            rows.append(extractor(batch))
+            progress.update(len(batch))
+    finally:
+        features = torch.cat(rows)
+        with suppress(OSError):  # a cache that cannot be written costs time, not the result
+            write_atomically(path, save({"features": features}))
     return features
 
 

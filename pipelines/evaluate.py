@@ -18,8 +18,8 @@ from ..common.images import ImageData, open_data, to_float, to_uint8
 from ..common.inception import FEATURES_NAME, RESIZE_NAME, InceptionFeatures
 from ..common.lpips_metric import LpipsNet, PerceptualDistance
 from ..common.metric_weights import MissingWeightsError
-from ..common.reference_features import choose_images, reference_features, uint8_batches
-from ..common.runtime import MixedPrecision, autocast, check_precision, environment, resolve_device
+from ..common.reference_features import choose_images, reference_features, stoppable, uint8_batches
+from ..common.runtime import MixedPrecision, StopRequest, autocast, check_precision, environment, resolve_device
 from .loading import load_autoencoder
 from .sample_sources import RunSamples, SampleFolder, SampleSource
 
@@ -65,6 +65,7 @@ def evaluate_reconstruction(
 
     Raises:
         UsageError: the image size does not suit the autoencoder, or there are fewer images than asked for.
+        Stopped: by SIGTERM or SIGINT; what has been extracted of the reference is kept.
     """
     begin = time.monotonic()
     place = resolve_device(device)
@@ -87,11 +88,16 @@ def evaluate_reconstruction(
     lpips = _lpips(lpips_net, place, missing)
     extractor = _inception(place, missing)
     reference = None
-    if extractor is not None:
-        protocol["weights_sha256"] = extractor.weights_sha256
-        reference = reference_features(images, extractor, num=num_images, seed=seed, batch_size=batch_size)
-    pairs = _reconstructions(autoencoder, images, indices, batch_size, place, mixed_precision)
-    measured = measure_reconstruction(pairs, reference=reference, extractor=extractor, lpips=lpips, total=len(indices))
+    with StopRequest() as stop:
+        if extractor is not None:
+            protocol["weights_sha256"] = extractor.weights_sha256
+            reference = reference_features(
+                images, extractor, num=num_images, seed=seed, batch_size=batch_size, stop=stop
+            )
+        pairs = _reconstructions(autoencoder, images, indices, batch_size, place, mixed_precision)
+        measured = measure_reconstruction(
+            stoppable(pairs, stop), reference=reference, extractor=extractor, lpips=lpips, total=len(indices)
+        )
     measured.not_computed.update(missing)
     return _finish(measured, protocol, path, begin)
 
@@ -144,6 +150,7 @@ def evaluate_generation(
         UsageError: not exactly one of ``samples`` and ``run``, or no number of samples for a run.
         WavelatentError: samples of another size than the reference, lossy, unreadable, or fewer than asked for.
         MissingWeightsError: there are no Inception weights, so nothing here can be computed.
+        Stopped: by SIGTERM or SIGINT; what has been extracted of the reference is kept.
     """
     begin = time.monotonic()
     place = resolve_device(device)
@@ -172,12 +179,18 @@ def evaluate_generation(
         return done
     extractor = InceptionFeatures(place)
     protocol["weights_sha256"] = extractor.weights_sha256
-    stream = _one_size(source.batches(batch_size), images)
-    first = next(stream)  # a wrong size shows before the reference is paid for
-    reference = reference_features(images, extractor, num=num_reference, seed=reference_seed, batch_size=batch_size)
-    measured = measure_generation(
-        itertools.chain([first], stream), reference=reference, extractor=extractor, total=len(source)
-    )
+    with StopRequest() as stop:
+        stream = _one_size(source.batches(batch_size), images)
+        first = next(stream)  # a wrong size shows before the reference is paid for
+        reference = reference_features(
+            images, extractor, num=num_reference, seed=reference_seed, batch_size=batch_size, stop=stop
+        )
+        measured = measure_generation(
+            stoppable(itertools.chain([first], stream), stop),
+            reference=reference,
+            extractor=extractor,
+            total=len(source),
+        )
     return _finish(measured, protocol, path, begin)
 
 

@@ -207,7 +207,7 @@ def _until_stopped(items: Iterator[Decoded], stop: StopRequest, bar: tqdm) -> It
     """Yield ``items``, and raise `Stopped` before the next one when asked to: the shard they were for is lost."""
     for item in items:
         if stop.reason:
-            raise Stopped(f"prepare stopped by {stop.reason} with {bar.n} images finished; run the same command to go on")
+            raise Stopped(f"prepare stopped by {stop.reason} with {bar.n} images finished; run it again to go on")
         yield item
 
 

@@ -1,6 +1,8 @@
 """``evaluate`` and what it rests on, with a six-number stand-in for Inception; one test uses the real network."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wavelatent.common import reference_features
-from wavelatent.common.errors import UsageError, WavelatentError
+from wavelatent.common.errors import Stopped, UsageError, WavelatentError
 from wavelatent.common.feature_distances import FeatureStatistics, frechet_distance
 from wavelatent.common.image_metrics import psnr, ssim
 from wavelatent.common.images import open_data
@@ -160,6 +162,34 @@ def test_a_stopped_reference_goes_on_where_it_was(data, monkeypatch):
     order = reference_features.choose_images(COUNT, None, seed=0)
     torch.testing.assert_close(reference.features, TinyInception()(_pixels(data)[order]))
     torch.testing.assert_close(reference.statistics.mean, reference.features.double().mean(dim=0))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(("at", "kept"), [(4, 4), (COUNT + 4, COUNT)], ids=["reference", "samples"])
+@pytest.mark.parametrize("measured", ["reconstruction", "generation"])
+def test_a_signal_stops_it_and_the_reference_is_kept(
+    data, samples, without_lpips, monkeypatch, measured, at, kept, number
+):
+    def measure() -> None:
+        if measured == "generation":
+            evaluate_generation(samples=samples, data=str(data), batch_size=2)
+        else:
+            evaluate_reconstruction("half", str(data), batch_size=2)
+
+    class Signalled(TinyInception):
+        def __call__(self, images: Tensor) -> Tensor:
+            features = super().__call__(images)
+            if TinyInception.images_seen == at:
+                os.kill(os.getpid(), number)
+            return features
+
+    monkeypatch.setattr(evaluate, "InceptionFeatures", Signalled)
+    with pytest.raises(Stopped, match=f"stopped by {number.name}"):
+        measure()
+    assert at == TinyInception.images_seen, "it stops after the batch in hand"
+    TinyInception.images_seen = -100
+    measure()
+    assert TinyInception.images_seen + 100 == 2 * COUNT - kept
 
 
 def test_a_finished_measurement_is_returned_and_a_changed_input_measured_again(data, samples, capsys):
