@@ -222,10 +222,12 @@ def _reconstructions(
     device: torch.device,
     mixed_precision: MixedPrecision,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    for originals in uint8_batches(images, batch_size, indices):
+    """Yield pairs (originals, reconstructions), uint8 on ``device``: all metrics are computed there."""
+    for batch in uint8_batches(images, batch_size, indices):
+        originals = batch.to(device)
         with torch.no_grad(), autocast(device, mixed_precision):
-            decoded = autoencoder.decode(autoencoder.encode(to_float(originals).to(device)).mode())
-        yield originals, to_uint8(decoded).cpu()
+            decoded = autoencoder.decode(autoencoder.encode(to_float(originals)).mode())
+        yield originals, to_uint8(decoded)
 
 
 def _check_divides(size: int, factor: int) -> None:

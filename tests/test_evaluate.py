@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from wavelatent.common import reference_features
+from wavelatent.common import evaluation, reference_features
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
 from wavelatent.common.feature_distances import FeatureStatistics, frechet_distance
 from wavelatent.common.image_metrics import psnr, ssim
@@ -40,7 +40,7 @@ class TinyInception:
     def __call__(self, images: Tensor) -> Tensor:
         assert images.dtype == torch.uint8
         TinyInception.images_seen += len(images)
-        return F.adaptive_avg_pool2d(images.float() / 255, (2, 1)).flatten(1)
+        return F.adaptive_avg_pool2d(images.float() / 255, (2, 1)).flatten(1).cpu()
 
 
 class HalfSize(nn.Module):
@@ -276,6 +276,21 @@ def test_reconstruction_gives_every_figure_that_it_can(data, without_lpips, tmp_
     assert result.protocol["num_samples"] == result.protocol["num_reference"] == COUNT
     assert result.protocol["lpips_net"] == "alex"
     assert result.protocol["autoencoder"]["fingerprint"] == "half-size"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_figure_of_a_reconstruction_is_computed_on_the_given_device(data, without_lpips, monkeypatch):
+    devices = []
+
+    def spy(images: Tensor, target: Tensor) -> Tensor:
+        devices.extend([images.device.type, target.device.type])
+        return ssim(images, target)
+
+    monkeypatch.setattr(evaluation, "ssim", spy)
+    on_gpu = evaluate_reconstruction("half", str(data), device="cuda")
+    assert devices == ["cuda", "cuda"]
+    on_cpu = evaluate_reconstruction("half", str(data), device="cpu")
+    assert on_gpu.metrics == pytest.approx(on_cpu.metrics, rel=1e-3)  # a value halfway may round to either side
 
 
 def test_reconstruction_without_inception_never_names_an_rfid(data, without_lpips, monkeypatch):
