@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
+from wavelatent.common.denoising import expand_like
 from wavelatent.common.randomness import generator
+from wavelatent.stage2_diffusion.generation import generate_latents
 from wavelatent.stage2_diffusion.model import LatentDiffusion
 from wavelatent.stage2_diffusion.objectives import EDM, EDMConfig
 from wavelatent.stage2_diffusion.unet import UNetConfig
@@ -64,3 +66,14 @@ def test_noise_levels_are_lognormal():
 def test_latents_that_do_not_suit_the_network_are_refused_when_it_is_built():
     with pytest.raises(ValueError, match="divide by 2"):
         LatentDiffusion(TINY, EDMConfig(), (3, 4, 7))
+
+
+def test_what_is_generated_is_raw_latents_with_the_mean_and_std_of_the_data(monkeypatch):
+    """Of whitened data that is N(0, 1) everywhere, the best denoiser is known: E[y | x] = x / (1 + sigma^2)."""
+    model = make()
+    monkeypatch.setattr(model, "denoise", lambda x, sigma, labels=None: x / (1 + expand_like(sigma, x) ** 2))
+    raw = generate_latents(model, range(300), steps=32)
+    channels = raw.transpose(0, 1).flatten(1)  # 300 x 4 x 6 = 7200 draws of each
+    assert channels.mean(dim=1).tolist() == pytest.approx(STATISTICS["mean"], abs=4 * 4.0 / math.sqrt(7200))
+    for std, expected in zip(channels.std(dim=1).tolist(), STATISTICS["std"], strict=True):
+        assert std == pytest.approx(expected, rel=4 / math.sqrt(2 * 7200) + 0.01)  # chance, and 32 steps of Heun

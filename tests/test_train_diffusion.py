@@ -1,6 +1,7 @@
 """Stage two from a cache to images: the training loop, its command, and sampling."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ from wavelatent.pipelines.sample import sample, sample_images
 from wavelatent.pipelines.train_diffusion import train_diffusion
 from wavelatent.stage2_diffusion import trainer as trainer_module
 from wavelatent.stage2_diffusion.generation import draw_labels, generate_latents
+from wavelatent.stage2_diffusion.model import LatentDiffusion
 from wavelatent.stage2_diffusion.samplers import SAMPLERS
 
 C, H, W, COUNT, CLASSES = 3, 4, 8, 13, 2
@@ -163,6 +165,27 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_not(cache: Path, tmp_path
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     steps = [line["step"] for line in metrics(parts)]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_asked_share_of_labels_is_hidden(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
+) -> None:
+    seen: list[Tensor] = []
+
+    def forward(self: LatentDiffusion, raw: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
+        seen.append(labels)
+        return sum((p.sum() * 0 for p in self.parameters()), torch.zeros(len(raw)))
+
+    monkeypatch.setattr(LatentDiffusion, "forward", forward)
+    train = {"steps": 20, "batch_size": 256, "log_every": 20, "checkpoint_every": 20, "label_dropout": dropout}
+    train_diffusion(config(class_conditional=True, train=train), latents=cache, out=tmp_path / "run", options=CPU)
+    labels = torch.cat(seen)
+    assert len(labels) == 20 * 256
+    hidden = (labels == CLASSES).float()
+    error = math.sqrt(dropout * (1 - dropout) / len(labels))
+    assert hidden.mean().item() == pytest.approx(dropout, abs=4 * error)
+    assert set(labels[hidden == 0].tolist()) == {0, 1}, "the others keep theirs"
 
 
 def test_a_batch_that_does_not_divide_is_refused(cache: Path, tmp_path: Path) -> None:
