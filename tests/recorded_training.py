@@ -1,0 +1,48 @@
+"""The command line with two additions for test_distributed.py; run it as cli.py, with the folder to record in first.
+
+Every process leaves the weights it began and ended its training with, as ``<rank>-start.pt`` and ``<rank>-end.pt``.
+Noise levels and noise of stage two come from the image, not from (seed, process, step), so that they are the same
+however many processes share a batch.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cli
+from wavelatent.stage1_autoencoder.trainer import AutoencoderTrainer
+from wavelatent.stage2_diffusion.model import LatentDiffusion
+from wavelatent.stage2_diffusion.trainer import DiffusionTrainer
+
+
+def record(trainer_class: type, folder: Path) -> None:
+    train = trainer_class.train
+
+    def save(trainer: object, moment: str) -> None:
+        modules = {n: m for n in ("autoencoder", "discriminator", "model") if (m := getattr(trainer, n, None))}
+        states = {name: module.state_dict() for name, module in {**modules, "ema": trainer.ema.model}.items()}
+        torch.save(states, folder / f"{os.environ.get('RANK', '0')}-{moment}.pt")
+
+    def recorded(self: object, *arguments: object) -> None:
+        save(self, "start")
+        train(self, *arguments)
+        save(self, "end")
+
+    trainer_class.train = recorded
+
+
+def noise_of_the_image(self: LatentDiffusion, raw: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    return raw.mean(dim=(1, 2, 3)).exp(), torch.sin(1000 * raw)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv.pop(1))
+    folder.mkdir(parents=True, exist_ok=True)
+    record(AutoencoderTrainer, folder)
+    record(DiffusionTrainer, folder)
+    LatentDiffusion.draw_noise = noise_of_the_image
+    cli.main()
