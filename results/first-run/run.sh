@@ -15,7 +15,7 @@ for variant in ${VARIANTS:-kl4 bounded16}; do
     $wavelatent train-ae "$here/ae-$variant.yaml" --data "$train" --out "$ae" --mixed-precision bf16
     $wavelatent encode --ae "$ae" --data "$train" --flips --out "$latents"
     $wavelatent train-diffusion "$here/unet.yaml" --latents "$latents" --out "$unet" --mixed-precision bf16
-    $wavelatent sample --run "$unet" --num 2000 --batch-size 100 --out "$samples"
+    $wavelatent sample --run "$unet" --num 2000 --steps 18 --out "$samples"
     $wavelatent evaluate reconstruction --ae "$ae" --data "$val"
     $wavelatent evaluate generation --samples "$samples" --data "$train"
 done
