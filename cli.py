@@ -14,6 +14,7 @@ if "wavelatent" not in sys.modules and __package__ in (None, ""):
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -384,6 +385,7 @@ def demo(out: Path, as_json: bool) -> None:
 def main() -> None:
     """Run the command line; an expected failure is one line on stderr and its exit code."""
     debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, _interrupt)  # until a command can save what it does and takes the signal itself
     try:
         cli.main(args=[a for a in sys.argv[1:] if a != "--debug"], prog_name="wavelatent", standalone_mode=False)
     except click.exceptions.Exit as exit_:
@@ -392,14 +394,18 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        sys.exit(130)
+        click.echo("stopped: nothing unsaved was under way; run the same command again", err=True)
+        sys.exit(Stopped.exit_code)
     except Exception as error:
         if debug:
             raise
         word = "stopped" if isinstance(error, Stopped) else "error"
         click.echo(f"{word}: {_in_one_line(error)}", err=True)
         sys.exit(getattr(error, "exit_code", 1))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _in_one_line(error: Exception) -> str:

@@ -25,11 +25,13 @@ def run(monkeypatch, capsys):
 
     def run_command(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["wavelatent", *map(str, arguments)])
-        code = 0
+        code, handler = 0, signal.getsignal(signal.SIGTERM)
         try:
             cli.main()
         except SystemExit as exit_:
             code = exit_.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -142,6 +144,28 @@ def test_a_dry_run_prints_the_resolved_config_and_writes_nothing(run, tmp_path):
     assert code == 0
     assert (config["train"]["steps"], config["seed"], config["model"]["encoder"]["num_res_blocks"]) == (7, 3, 1)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_signal_before_there_is_anything_to_save_exits_75(run, monkeypatch):
+    def interrupted(fetch):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("wavelatent.pipelines.doctor.doctor", interrupted)
+    code, out, err = run("doctor")
+    assert (code, out) == (75, "")
+    assert err.startswith("stopped: ")
+
+
+def test_an_unexpected_error_is_one_line_that_names_the_way_to_the_traceback(run, monkeypatch):
+    def fail(fetch):
+        raise LookupError("a bug\nof ours")
+
+    monkeypatch.setattr("wavelatent.pipelines.doctor.doctor", fail)
+    code, out, err = run("doctor")
+    assert (code, out) == (1, "")
+    assert err == "error: LookupError: a bug of ours (unexpected: put --debug before the command for the traceback)\n"
+    with pytest.raises(LookupError):
+        run("--debug", "doctor")
 
 
 def test_sigterm_saves_exits_75_and_the_same_command_goes_on(tmp_path):
