@@ -102,7 +102,8 @@ def stop_with_parent(stdin: IO[bytes]) -> None:
     """
 
     def watch() -> None:
-        stdin.read()
+        while os.read(stdin.fileno(), 1):  # not stdin.read(): its lock would abort the interpreter's shutdown
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

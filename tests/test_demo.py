@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -128,20 +129,24 @@ def test_children_have_their_share_of_the_cores(child: None, tmp_path: Path) -> 
     assert (tmp_path / "one.log").read_text().split() == ["started", "3"]
 
 
-def test_a_child_stops_when_its_parent_is_gone(tmp_path: Path) -> None:
-    """Its end of the pipe closes, however the parent ended."""
-    code = (
+@pytest.mark.parametrize(("seconds", "code"), [(60, -signal.SIGTERM), (0, 0)])
+def test_a_child_stops_when_its_parent_is_gone_and_ends_well_when_it_is_not(seconds: int, code: int) -> None:
+    """Its end of the pipe closes, however the parent ended; a child that is done exits with the pipe still open."""
+    program = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); import cli\n"
         "from wavelatent.pipelines.demo_processes import stop_with_parent\n"
-        "stop_with_parent(sys.stdin.buffer); print('ready', flush=True); time.sleep(60)"
+        f"stop_with_parent(sys.stdin.buffer); print('ready', flush=True); time.sleep({seconds})"
     )
     root = Path(cli.__file__).parent
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(os.environ)
+        [sys.executable, "-c", program, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(os.environ)
     )
     assert process.stdout is not None
     assert process.stdin is not None
     assert process.stdout.readline() == b"ready\n"
-    assert process.poll() is None
+    if seconds:
+        assert process.poll() is None
+        process.stdin.close()
+    assert process.wait(timeout=30) == code
     process.stdin.close()
-    assert process.wait(timeout=30) == -15
+    process.stdout.close()
