@@ -77,10 +77,3 @@ class ConvDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Return the images."""
         return self.layers(latents)
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The weight whose gradient norms an adaptive adversarial weight compares."""
-        weight = self.layers[-1].weight
-        assert isinstance(weight, nn.Parameter)
-        return weight

@@ -224,8 +224,8 @@ class AutoencoderTrainer:
             return
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
-            norm = self._clip(self.discriminator_optimizer, self.wrapped_discriminator)
-            self._means.add({"gradient_norm/discriminator": norm})
+            norm = {"gradient_norm/discriminator": self._clip(self.discriminator_optimizer, self.wrapped_discriminator)}
+            self._guard_norm(norm, clock, save=False)  # the autoencoder has stepped already
         self.discriminator_optimizer.step()
         self.discriminator_optimizer.zero_grad()
 
@@ -247,9 +247,7 @@ class AutoencoderTrainer:
         self._means.add(_health(output.images.detach(), images, output.raw.detach()))
         if self.accelerator.sync_gradients:
             norm = {"gradient_norm/autoencoder": self._clip(self.autoencoder_optimizer, self.wrapped_autoencoder)}
-            self._means.add(norm)
-            if self.accelerator.mixed_precision != "fp16":  # there the scaler skips a step whose gradients overflow
-                self._guard(norm, clock)
+            self._guard_norm(norm, clock)
         return output.images.detach()
 
     def _discriminator_loss(self, images: Tensor, reconstruction: Tensor, clock: Clock) -> Tensor:
@@ -265,15 +263,26 @@ class AutoencoderTrainer:
     def _clip(self, optimizer: torch.optim.Optimizer, wrapped: nn.Module) -> Tensor:
         return clip_gradients(self.accelerator, optimizer, wrapped.parameters(), self.config.clip_norm)
 
-    def _guard(self, terms: dict[str, Tensor], clock: Clock) -> None:
-        """Save the last good state and stop where a term of any process is not finite, naming it."""
+    def _guard(self, terms: dict[str, Tensor], clock: Clock, *, save: bool = True) -> None:
+        """Stop where a term of any process is not finite, naming it; with ``save``, the state before the step is kept.
+
+        Without it, in the middle of a step, the run is left as its newest checkpoint has it.
+        """
         bad = self.state.agree_on_bad(first_non_finite(terms))
-        if bad is not None:
+        if bad is None:
+            return
+        if save:
             self.state.save(clock, "failed")
-            raise WavelatentError(
-                f"{bad} is not finite at step {self.step}: the state before that step is saved in {self.run.path}; "
-                "start again (--overwrite, or another --out) with a lower learning rate or a lower weight of that term"
-            )
+        kept = "the state before that step is saved" if save else "the newest checkpoint is kept"
+        raise WavelatentError(
+            f"{bad} is not finite at step {self.step}: {kept} in {self.run.path}; "
+            "start again (--overwrite, or another --out) with a lower learning rate or a lower weight of that term"
+        )
+
+    def _guard_norm(self, norm: dict[str, Tensor], clock: Clock, *, save: bool = True) -> None:
+        self._means.add(norm)
+        if self.accelerator.mixed_precision != "fp16":  # there the scaler skips a step whose gradients overflow
+            self._guard(norm, clock, save=save)
 
     def _report(self, clock: Clock) -> dict[str, str]:
         """Log the means since the last report and the status; return what the progress bar shows."""

@@ -88,6 +88,54 @@ def test_a_resumed_run_is_the_same_run(tmp_path, data, discriminator, bottleneck
     assert [line["step"] for line in without_time[0]] == [1, 2, 3]
 
 
+KL_ENCODER = {"kind": "kl", "width": 8, "multipliers": (1, 2, 2), "num_res_blocks": 1}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"model__encoder": KL_ENCODER},
+        {"model__encoder__wavelet": "db2"},
+        {"model__encoder__levels": 1},
+        {"model__encoder__levels": 3},
+        {"model__bottleneck": {"kind": "plain"}},
+        {"model__bottleneck": {"kind": "bounded", "activation": "clamp"}},
+        {"model__bottleneck": {"kind": "kl", "reduction": "mean"}, "model__channels": 16},
+        {"model__decoder__norm": "smc"},
+        {"model__decoder__attention": False, "objective__adversarial": None},
+        {"train__gradient_accumulation": 2},
+    ],
+    ids=str,
+)
+def test_every_other_option_trains_saves_and_resumes_too(tmp_path, data, option):
+    option = {"objective__adversarial__start": 0, "train__learning_rate": {"peak": 1e-3}} | option
+    if option.get("objective__adversarial", True) is None:
+        del option["objective__adversarial__start"]
+    for out, stops in (("whole", [2]), ("parts", [1, 2])):
+        for steps in stops:
+            assert train_autoencoder(config(**option, train__steps=steps), data=data, out=tmp_path / out, options=CPU)
+    assert_equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    untrained = Autoencoder(config(**option).model).state_dict()
+    assert any(not torch.equal(untrained[name], value) for name, value in weights_of(tmp_path / "whole").items())
+
+
+def test_a_discriminator_gradient_that_is_not_finite_stops_the_run_too(tmp_path, data, monkeypatch):
+    real = trainer_module.hinge_discriminator
+
+    def explode(*maps):  # a finite loss whose gradient is not: d sqrt(x) / dx at 0
+        loss = real(*maps)
+        return loss + (loss - loss).clamp_min(0).sqrt()
+
+    monkeypatch.setattr(trainer_module, "hinge_discriminator", explode)
+    with pytest.raises(WavelatentError, match="gradient_norm/discriminator is not finite at step 2: the newest check"):
+        train_autoencoder(config(), data=data, out=tmp_path / "run", options=CPU)
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+    monkeypatch.undo()
+    train_autoencoder(config(), data=data, out=tmp_path / "run", options=CPU)
+    train_autoencoder(config(), data=data, out=tmp_path / "whole", options=CPU)
+    assert_equal(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
+
+
 def test_the_run_folder_is_what_the_contract_says(tmp_path, data):
     run = tmp_path / "run"
     assert train_autoencoder(config(), data=data, out=run, options=CPU)
