@@ -155,11 +155,14 @@ def test_training_learns(cache: Path, tmp_path: Path) -> None:
     assert losses[-1] < 0.85 * losses[0]
 
 
-def test_a_stopped_and_resumed_run_equals_one_that_was_not(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "option", [{}, {"whitening": "none"}, {"whitening": "scalar"}, {"class_conditional": True}], ids=str
+)
+def test_a_stopped_and_resumed_run_equals_one_that_was_not(cache: Path, tmp_path: Path, option: dict) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_diffusion(config(), latents=cache, out=whole, options=CPU)
-    train_diffusion(config(train={"steps": 3}), latents=cache, out=parts, options=CPU)
-    train_diffusion(config(), latents=cache, out=parts, options=CPU)
+    train_diffusion(config(**option), latents=cache, out=whole, options=CPU)
+    train_diffusion(config(train={"steps": 3}, **option), latents=cache, out=parts, options=CPU)
+    train_diffusion(config(**option), latents=cache, out=parts, options=CPU)
     first, second = state(whole), state(parts)
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
