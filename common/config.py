@@ -1,5 +1,6 @@
 """Configuration: pydantic models beside the classes they configure, YAML files, ``key=value`` overrides.
 
+A file may begin with ``base: NAME``, a preset or another YAML file, and then hold only what differs from it.
 Options that exclude each other are a union told apart by ``kind``. Every error names the key, where it was set (the
 file or the override) and, for a mistyped key or kind, the nearest valid one.
 """
@@ -65,8 +66,8 @@ def dump_yaml(config: BaseModel) -> str:
 
 
 def preset_names() -> list[str]:
-    """Return the names of the presets that ship with the package."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    """Return the names of the presets that ship with the package; one in a sub-folder is ``folder/name``."""
+    return sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.yaml"))
 
 
 def find_config(source: str) -> Path:
@@ -76,33 +77,37 @@ def find_config(source: str) -> Path:
         if path.is_file():
             return path
         raise UsageError(f"{source}: there is no such file (presets go by name: {', '.join(preset_names())})")
-    preset = PRESETS / f"{source}.yaml"
-    if preset.is_file():
-        return preset
+    if source in preset_names():
+        return PRESETS / f"{source}.yaml"
     raise UsageError(f"{source}: neither a YAML file nor a preset{_nearest(source, preset_names())}")
+
+
+def read_config(source: str) -> dict[str, Any]:
+    """Return the keys and values of the preset or YAML file ``source``, merged over those of its bases.
+
+    Mappings merge key by key, and one that changes the ``kind`` of an option drops what the base gave for the former
+    kind; every other value, lists too, replaces the base's. A base may have a base. A base that is a file is looked for
+    from the folder of the file that names it. Raises :class:`UsageError`.
+    """
+    return _read(find_config(source), source)[0]
 
 
 def load_config(model: type[C], source: str, overrides: Sequence[str] = ()) -> C:
     """Read the preset or YAML file ``source``, apply ``key=value`` overrides in order and validate.
 
+    What it returns has no ``base`` left: it is the same configuration written out.
+
     Overrides are dotted paths with YAML values (``train.lr=1e-4``). One that changes the ``kind`` of an option drops
     the settings the file gave for the former kind. Raises :class:`UsageError` with every error at once.
     """
-    path = find_config(source)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{source}: cannot be read as text: {error}") from error
-    data = parse_yaml(text, source)
-    if not isinstance(data, dict):
-        raise UsageError(f"{source}: expected keys and values, found {type(data).__name__}")
-    set_by: dict[tuple[str, ...], str] = {}
+    data, set_by = _read(find_config(source), source)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UsageError(f"{override!r}: an override has the form key=value, as in train.lr=1e-4")
         keys = tuple(key.split("."))
         _assign(data, keys, parse_yaml(value, f"override {override!r}"), override)
+        set_by = {path: where for path, where in set_by.items() if path[: len(keys)] != keys}
         set_by[keys] = f"override {override!r}"
     return validate(model, data, source, set_by)
 
@@ -114,6 +119,53 @@ def validate(model: type[C], data: dict[str, Any], source: str, set_by: dict[tup
     except ValidationError as error:
         lines = [_explain(model, data, item, source, set_by or {}) for item in error.errors()]
         raise UsageError("; ".join(dict.fromkeys(lines))) from error
+
+
+def _read(path: Path, source: str, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """Return the content of ``path`` over its bases, and which file set each key; ``above``: the files on the way."""
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"), source)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{source}: cannot be read as text: {error}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{source}: expected keys and values, found {type(data).__name__}")
+    set_by = dict.fromkeys(_key_paths(data), source)
+    if "base" not in data:
+        return data, set_by
+    base = data.pop("base")
+    if not isinstance(base, str):
+        raise UsageError(f"{source}: base: expected the name of a preset or a YAML file, got {base!r}")
+    name = str(path.parent / base) if Path(base).suffix in {".yaml", ".yml"} else base
+    try:
+        base_path = find_config(name)
+    except UsageError as error:
+        raise UsageError(f"{source}: base: {error}") from error
+    above = (*above, path.resolve())
+    if base_path.resolve() in above:
+        raise UsageError(f"{source}: base: {base} is this file, or has this file among its own bases")
+    base_data, base_set_by = _read(base_path, name, above)
+    merged = merge(base_data, data)
+    return merged, {keys: set_by.get(keys) or base_set_by[keys] for keys in _key_paths(merged)}
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``changes`` over it, as :func:`read_config` merges; neither is changed."""
+    if "kind" in base and "kind" in changes and base["kind"] != changes["kind"]:
+        return dict(changes)
+    merged = dict(base)
+    for key, value in changes.items():
+        old = base.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _key_paths(data: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every key, sections included."""
+    for key, value in data.items():
+        path = (*above, str(key))
+        yield path
+        if isinstance(value, dict):
+            yield from _key_paths(value, path)
 
 
 def _assign(data: dict[str, Any], keys: tuple[str, ...], value: Any, override: str) -> None:

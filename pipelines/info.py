@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..common.config import find_config, load_config, parse_yaml
+from ..common.config import load_config, read_config
 from ..common.errors import UsageError, WavelatentError
 from ..stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
 from ..stage1_autoencoder.discriminators import DISCRIMINATORS
@@ -75,8 +75,7 @@ def info(
 
 def is_diffusion_config(source: str) -> bool:
     """Return whether the preset or YAML file ``source`` is of stage 2, by the keys of its ``model``."""
-    content = parse_yaml(find_config(source).read_text(encoding="utf-8"), source)
-    model = content.get("model") if isinstance(content, dict) else None
+    model = read_config(source).get("model")
     keys = set(model) if isinstance(model, dict) else set()
     return len(keys & set(UNetConfig.model_fields)) > len(keys & set(AutoencoderConfig.model_fields))
 
