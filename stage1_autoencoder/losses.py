@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..common.config import Config
+from ..common.torchvision_import import ensure_torchvision
 from .wavelets import haar_bands
 
 
@@ -95,8 +96,7 @@ def low_pass_l2(images: Tensor, target: Tensor, sigma: float) -> Tensor:
 def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
     """Blur ``[B, C, H, W]`` in float32 with a normalised Gaussian of ``sigma`` pixels, cut at ``ceil(3 sigma)``.
 
-    Separable (torchvision's blur applies the whole square), and reflected at the borders, so that constant images stay
-    as they are. The cut is ours.
+    torchvision's, reflected at the borders, so that constant images stay as they are. The cut is ours.
 
     Raises:
         ValueError: a side is too short to be reflected, that is, not longer than ``ceil(3 sigma)``.
@@ -104,16 +104,13 @@ def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
     radius = math.ceil(3 * sigma)
     if min(images.shape[-2:]) <= radius:
         height, width = images.shape[-2:]
-        raise ValueError(
-            f"a Gaussian of sigma {sigma:g} needs images of at least {radius + 1} px, got {height}x{width}"
-        )
-    distance = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
-    kernel = torch.softmax(-distance.square() / (2 * sigma**2), dim=0)
-    channels = images.shape[1]
+        raise ValueError(f"a Gaussian of sigma {sigma:g} needs sides of at least {radius + 1} px, got {height}x{width}")
+    ensure_torchvision()
+    from torchvision.transforms import functional
+
+    size = 2 * radius + 1
     with torch.autocast(images.device.type, enabled=False):
-        padded = F.pad(images.float(), [radius] * 4, mode="reflect")
-        rows = F.conv2d(padded, kernel.expand(channels, 1, 1, -1), groups=channels)
-        return F.conv2d(rows, kernel[:, None].expand(channels, 1, -1, 1), groups=channels)
+        return functional.gaussian_blur(images.float(), [size, size], [sigma, sigma])
 
 
 def hinge_generator(fake: Sequence[Tensor]) -> Tensor:
