@@ -27,6 +27,16 @@ def haar_bands(images: Tensor) -> Tensor:
     return torch.cat([top + bottom, top - bottom, left + right, left - right], dim=1) / 2
 
 
+def inverse_haar_bands(bands: Tensor) -> Tensor:
+    """Undo :func:`haar_bands`: orthonormal bands ``[B, 4C, h, w]`` -> ``[B, C, 2h, 2w]``, differentiable."""
+    low, horizontal, vertical, diagonal = bands.chunk(4, dim=1)
+    plus, minus = low + horizontal, low - horizontal
+    left, right = vertical + diagonal, vertical - diagonal
+    top = torch.stack([plus + left, plus - left], dim=-1).flatten(-2)  # [B, C, h, 2w], every upper row
+    bottom = torch.stack([minus + right, minus - right], dim=-1).flatten(-2)
+    return torch.stack([top, bottom], dim=-2).flatten(-3, -2) / 2
+
+
 def wavelet_levels(images: Tensor, levels: int, wavelet: str = "haar") -> list[Tensor]:
     """Return the scaled bands of levels 1 to ``levels``, finest first: level ``l`` is ``[B, 4C, H/2^l, W/2^l]``.
 
