@@ -1,6 +1,7 @@
 """Configuration: pydantic models beside the classes they configure, YAML files, ``key=value`` overrides.
 
-A file may begin with ``base: NAME``, a preset or another YAML file, and then hold only what differs from it.
+A file, or a section of one, may begin with ``base: NAME``, a preset or another YAML file, and then hold only what
+differs from it.
 Options that exclude each other are a union told apart by ``kind``. Every error names the key, where it was set (the
 file or the override) and, for a mistyped key or kind, the nearest valid one.
 """
@@ -121,18 +122,44 @@ def validate(model: type[C], data: dict[str, Any], source: str, set_by: dict[tup
         raise UsageError("; ".join(dict.fromkeys(lines))) from error
 
 
-def _read(path: Path, source: str, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
-    """Return the content of ``path`` over its bases, and which file set each key; ``above``: the files on the way."""
+SetBy = dict[tuple[str, ...], str]
+"""Which file or override set the key at a path."""
+
+
+def _read(path: Path, source: str, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], SetBy]:
+    """Return the content of ``path`` over its bases, and what set each key; ``above``: the files on the way to it."""
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"), source)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{source}: cannot be read as text: {error}") from error
     if not isinstance(data, dict):
         raise UsageError(f"{source}: expected keys and values, found {type(data).__name__}")
-    set_by = dict.fromkeys(_key_paths(data), source)
-    if "base" not in data:
-        return data, set_by
-    base = data.pop("base")
+    return _with_bases(data, path, source, (*above, path.resolve()))
+
+
+def _with_bases(
+    section: dict[str, Any], path: Path, source: str, above: tuple[Path, ...]
+) -> tuple[dict[str, Any], SetBy]:
+    """Merge a section of the file ``path``, and the sections in it, over the bases they begin with."""
+    own: dict[str, Any] = {}
+    set_by: SetBy = {}
+    for key, value in section.items():
+        if key == "base":
+            continue
+        set_by[(str(key),)] = source
+        if isinstance(value, dict):
+            value, inner = _with_bases(value, path, source, above)
+            set_by |= {(str(key), *keys): where for keys, where in inner.items()}
+        own[key] = value
+    if "base" not in section:
+        return own, set_by
+    base_data, base_set_by = _read_base(section["base"], path, source, above)
+    merged = merge(base_data, own)
+    return merged, {keys: set_by.get(keys) or base_set_by[keys] for keys in _key_paths(merged)}
+
+
+def _read_base(base: Any, path: Path, source: str, above: tuple[Path, ...]) -> tuple[dict[str, Any], SetBy]:
+    """Read what the file ``path`` names as ``base``; ``above`` are the files that have it among their bases."""
     if not isinstance(base, str):
         raise UsageError(f"{source}: base: expected the name of a preset or a YAML file, got {base!r}")
     name = str(path.parent / base) if Path(base).suffix in {".yaml", ".yml"} else base
@@ -140,12 +167,9 @@ def _read(path: Path, source: str, above: tuple[Path, ...] = ()) -> tuple[dict[s
         base_path = find_config(name)
     except UsageError as error:
         raise UsageError(f"{source}: base: {error}") from error
-    above = (*above, path.resolve())
     if base_path.resolve() in above:
         raise UsageError(f"{source}: base: {base} is this file, or has this file among its own bases")
-    base_data, base_set_by = _read(base_path, name, above)
-    merged = merge(base_data, data)
-    return merged, {keys: set_by.get(keys) or base_set_by[keys] for keys in _key_paths(merged)}
+    return _read(base_path, name, above)
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -138,6 +138,19 @@ def test_a_file_holds_only_what_differs_from_its_base(folder):
     assert read_config("plain")["extra"] == [1, 2]
 
 
+def test_a_section_may_have_a_base_of_its_own(folder):
+    top = folder(
+        presets__model="{channels: 8, bottleneck: {kind: bounded, bound: 2}}",
+        presets__plain="{steps: 3, model: {channels: 5}}",
+        top="{base: plain, model: {base: model, bottleneck: {bound: 4}}}",
+        wrong="model: {base: model, bottleneck: {bond: 1}}",
+    )
+    config = load_config(Run, str(top / "top.yaml"))
+    assert config == Run(steps=3, model=Model(channels=8, bottleneck=Bounded(bound=4)))
+    with pytest.raises(UsageError, match=r"wrong\.yaml: unknown key 'model\.bottleneck\.bond'"):
+        load_config(Run, str(top / "wrong.yaml"))
+
+
 def test_a_resolved_config_has_no_base(folder):
     top = folder(presets__plain="model: {bottleneck: {kind: bounded, bound: 2}}", top="{base: plain, steps: 5}")
     config = load_config(Run, str(top / "top.yaml"), ["lr=2e-3"])
