@@ -11,10 +11,9 @@ from wavelatent.stage1_autoencoder.bottlenecks import (
     BoundedConfig,
     KLBottleneck,
     KLConfig,
-    global_moments,
     kl_to_standard_normal,
 )
-from wavelatent.stage1_autoencoder.perturbations import GaussianConfig, GaussianPerturbation
+from wavelatent.stage1_autoencoder.moments import global_moments
 
 
 def features(channels: int, scale: float = 1.0) -> torch.Tensor:
@@ -89,14 +88,3 @@ def test_minimising_the_variance_penalty_gives_unit_variance():
     mean, variance = global_moments(result.posterior.mean)
     torch.testing.assert_close(mean, torch.zeros(4), atol=0.02, rtol=0)
     torch.testing.assert_close(variance, torch.ones(4), atol=0.02, rtol=0)
-
-
-def test_gaussian_perturbation_has_its_standard_deviation_and_probability():
-    torch.manual_seed(0)
-    latents = torch.zeros(2000, 3, 2, 4)
-    perturbation = GaussianPerturbation(GaussianConfig(std=0.3, probability=0.25)).train()
-    noise = perturbation(latents)
-    touched = noise.flatten(1).abs().sum(dim=1) > 0
-    assert touched.float().mean().item() == pytest.approx(0.25, abs=0.04)
-    assert noise[touched].std().item() == pytest.approx(0.3, rel=0.03)
-    assert torch.equal(perturbation.eval()(latents), latents)
