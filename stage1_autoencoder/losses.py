@@ -1,4 +1,4 @@
-"""Losses of stage one as pure functions that return one value per image, ``[B]``; weights live in the objective.
+"""Reconstruction losses of stage one as pure functions that return one value per image, ``[B]``; weights live in the objective.
 
 Images and target are ``[B, 3, H, W]``. Whatever dtype or autocast they come in, the arithmetic is float32. Each
 reduction is a mean, so that a weight means the same at every image size.
@@ -7,10 +7,8 @@ reduction is a mean, so that a weight means the same at every image size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -111,22 +109,6 @@ def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
     size = 2 * radius + 1
     with torch.autocast(images.device.type, enabled=False):
         return functional.gaussian_blur(images.float(), [size, size], [sigma, sigma])
-
-
-def hinge_generator(fake: Sequence[Tensor]) -> Tensor:
-    """``-D(fake)``, the mean over sites of each logit map and over maps."""
-    return -_mean_over_maps(fake)
-
-
-def hinge_discriminator(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
-    """``(relu(1 - D(real)) + relu(1 + D(fake))) / 2``, the mean over sites of each logit map and over maps."""
-    on_real = _mean_over_maps([F.relu(1 - logits.float()) for logits in real])
-    on_fake = _mean_over_maps([F.relu(1 + logits.float()) for logits in fake])
-    return (on_real + on_fake) / 2
-
-
-def _mean_over_maps(maps: Sequence[Tensor]) -> Tensor:
-    return torch.stack([logits.float().flatten(1).mean(dim=1) for logits in maps]).mean(dim=0)
 
 
 def _difference(images: Tensor, target: Tensor) -> Tensor:
