@@ -1,4 +1,4 @@
-"""Reconstruction losses of stage one as pure functions that return one value per image, ``[B]``; weights live in the objective.
+"""Reconstruction losses as pure functions that return one value per image, ``[B]``; weights live in the objective.
 
 Images and target are ``[B, 3, H, W]``. Whatever dtype or autocast they come in, the arithmetic is float32. Each
 reduction is a mean, so that a weight means the same at every image size.
