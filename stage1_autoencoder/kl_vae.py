@@ -25,12 +25,21 @@ class KLEncoderConfig(Config):
     num_res_blocks: int = Field(2, ge=1)
     attention: bool = True
     """Self-attention between the two middle blocks."""
+    quant_conv: bool = False
+    """A 1x1 convolution on the features at the end, as in Stable Diffusion; Flux and ours do without."""
     dropout: float = Field(0.0, ge=0, lt=1)
 
     @property
     def downsampling(self) -> int:
         """Image side over latent side."""
         return int(2 ** (len(self.multipliers) - 1))
+
+
+def require_divisible(images: Tensor, factor: int) -> None:
+    """Raise ``ValueError`` unless both sides of ``images`` divide by the downsampling ``factor``."""
+    height, width = images.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(f"downsampling by {factor} needs sides divisible by it, got {height}x{width}")
 
 
 class Downsample(nn.Module):
@@ -65,11 +74,10 @@ class KLEncoder(nn.Module):
         layers.append(ResBlock(channels, channels, dropout=config.dropout))
         layers += [group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
+        self.quant_conv = nn.Conv2d(out_channels, out_channels, 1) if config.quant_conv else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the bottleneck's input. Raises ``ValueError`` where the sides do not divide."""
-        factor = self.config.downsampling
-        height, width = images.shape[-2:]
-        if height % factor or width % factor:
-            raise ValueError(f"downsampling by {factor} needs sides divisible by it, got {height}x{width}")
-        return self.layers(images)
+        require_divisible(images, self.config.downsampling)
+        features = self.layers(images)
+        return features if self.quant_conv is None else self.quant_conv(features)
