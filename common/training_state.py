@@ -25,9 +25,8 @@ class SavedTraining(Protocol):
     def steps(self) -> int:
         """Steps in all."""
 
-    @property
-    def batch_size(self) -> int:
-        """Images per step over all processes."""
+    def images_at(self, step: int) -> int:
+        """Return the images seen before ``step``, over all processes."""
 
     @property
     def keep(self) -> int:
@@ -50,7 +49,7 @@ class TrainingState:
     @property
     def images_seen(self) -> int:
         """Images of all steps so far."""
-        return self.step * self.config.batch_size
+        return self.config.images_at(self.step)
 
     def restore(self) -> None:
         """Load the newest checkpoint, where there is one; before accelerate wraps the modules."""

@@ -7,20 +7,23 @@ import json
 from typing import Annotated, Any, NamedTuple
 
 from huggingface_hub import PyTorchModelHubMixin
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..common.config import Config
 from ..common.latents import Posterior
 from .bottlenecks import BOTTLENECKS, BottleneckConfig, KLConfig
-from .decoder import MULTIPLIERS, ConvDecoder, ConvDecoderConfig
+from .decoder import ConvDecoder, ConvDecoderConfig
 from .kl_vae import KLEncoder, KLEncoderConfig
 from .litevae import LiteVAEConfig, LiteVAEEncoder
-from .perturbations import PERTURBATIONS, PerturbationConfig
+from .perturbations import PerturbationConfig, Perturbations
+from .pretrained import PretrainedDecoder, PretrainedDecoderConfig, PretrainedEncoder, PretrainedEncoderConfig
 
-EncoderConfig = Annotated[LiteVAEConfig | KLEncoderConfig, Field(discriminator="kind")]
+EncoderConfig = Annotated[LiteVAEConfig | KLEncoderConfig | PretrainedEncoderConfig, Field(discriminator="kind")]
+DecoderConfig = Annotated[ConvDecoderConfig | PretrainedDecoderConfig, Field(discriminator="kind")]
 
-ENCODERS: dict[str, type[nn.Module]] = {"litevae": LiteVAEEncoder, "kl": KLEncoder}
+ENCODERS: dict[str, type[nn.Module]] = {"litevae": LiteVAEEncoder, "kl": KLEncoder, "pretrained": PretrainedEncoder}
+DECODERS: dict[str, type[nn.Module]] = {"conv": ConvDecoder, "pretrained": PretrainedDecoder}
 
 
 class AutoencoderConfig(Config):
@@ -31,15 +34,33 @@ class AutoencoderConfig(Config):
     """Latent channels."""
     bottleneck: BottleneckConfig = KLConfig()
     perturbations: tuple[PerturbationConfig, ...] = ()
-    decoder: ConvDecoderConfig = ConvDecoderConfig()
+    decoder: DecoderConfig = ConvDecoderConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decoder_is_convolutional(cls, data: Any) -> Any:
+        """Take a decoder that does not say its kind for the convolutional one."""
+        if isinstance(data, dict) and isinstance(decoder := data.get("decoder"), dict) and "kind" not in decoder:
+            return {**data, "decoder": {"kind": "conv", **decoder}}
+        return data
 
 
 class AutoencoderOutput(NamedTuple):
-    """What a training step sees: the reconstruction, the unperturbed raw latents ``[B, C, h, w]``, the penalties."""
+    """What a training step sees.
+
+    Attributes:
+        images: the reconstruction ``[B, 3, H, W]``.
+        target: what it must match: the input, or what an equivariance made of it, of the same shape as ``images``.
+        raw: the unperturbed raw latents ``[B, C, h, w]``.
+        penalties: the bottleneck's terms, unweighted scalars.
+        metrics: the bottleneck's figures for the log.
+    """
 
     images: Tensor
+    target: Tensor
     raw: Tensor
     penalties: dict[str, Tensor]
+    metrics: dict[str, Tensor]
 
 
 MODEL_CARD = """---
@@ -79,13 +100,17 @@ class Autoencoder(
         self.config = config
         self.downsampling: int = config.encoder.downsampling
         self.latent_channels: int = config.channels
-        if self.downsampling not in MULTIPLIERS:
-            raise ValueError(f"downsampling {self.downsampling} is not one of {sorted(MULTIPLIERS)}")
         bottleneck = BOTTLENECKS[config.bottleneck.kind](config.bottleneck, config.channels, self.downsampling)
         self.encoder = ENCODERS[config.encoder.kind](config.encoder, bottleneck.feature_channels)
         self.bottleneck = bottleneck
-        self.perturbations = nn.Sequential(*(PERTURBATIONS[p.kind](p) for p in config.perturbations))
-        self.decoder = ConvDecoder(config.decoder, config.channels, self.downsampling)
+        self.perturbations = Perturbations(config.perturbations)
+        self.decoder = DECODERS[config.decoder.kind](config.decoder, config.channels, self.downsampling)
+
+    def load_source_weights(self) -> None:
+        """Fill the halves that are ``pretrained`` with their source's weights; building them drew random ones."""
+        for half in (self.encoder, self.decoder):
+            if isinstance(half, PretrainedEncoder | PretrainedDecoder):
+                half.load_source_weights()
 
     def encode(self, images: Tensor) -> Posterior:
         """Return the posterior over raw latents (deterministic where the bottleneck is)."""
@@ -99,7 +124,8 @@ class Autoencoder(
         """Encode, draw from the posterior, perturb (in ``train()``) and decode."""
         bottlenecked = self.bottleneck(self.encoder(images))
         raw = bottlenecked.posterior.sample() if self.training else bottlenecked.posterior.mode()
-        return AutoencoderOutput(self.decode(self.perturbations(raw)), raw, bottlenecked.penalties)
+        perturbed, target = self.perturbations(raw, images)
+        return AutoencoderOutput(self.decode(perturbed), target, raw, bottlenecked.penalties, bottlenecked.metrics)
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         """Return ``(C, h, w)`` for square images of ``size``. Raises ``ValueError`` where the size does not divide."""

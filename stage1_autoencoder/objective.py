@@ -1,12 +1,13 @@
-"""What an autoencoder is trained for: named terms, each with its weight and its start, in one place.
+"""What an autoencoder is trained for: named terms, each with its weight, in one place.
 
-A term has the same name in the configuration's weight, in the log (``loss/<name>``, unweighted) and in tables.
+A term has the same name in the configuration, in the log (``loss/<name>``, unweighted) and in tables.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -14,15 +15,27 @@ from pydantic import Field
 from torch import Tensor
 
 from ..common.config import Config
-from .discriminators import DiscriminatorConfig, UNetDiscriminatorConfig
-from .losses import hinge_generator, l1
+from ..common.errors import UsageError
+from ..common.lpips_metric import PerceptualDistance
+from .adversarial import AdversarialConfig
+from .losses import (
+    HighPassConfig,
+    LowPassConfig,
+    WaveletCharbonnierConfig,
+    high_pass_l1,
+    l1,
+    l2,
+    low_pass_l2,
+    wavelet_charbonnier,
+)
+from .vgg_features import VGGFeatureDistance, VGGFeaturesConfig
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Images and target ``[B, 3, H, W]`` -> ``[B]``."""
 
 
 class LPIPSConfig(Config):
-    """The perceptual term."""
+    """The perceptual term (Zhang et al. 2018, arXiv 1801.03924)."""
 
     weight: float = Field(1.0, ge=0)
     """0 leaves the term and its network out."""
@@ -31,48 +44,77 @@ class LPIPSConfig(Config):
     """Share of each batch it is computed on: an unbiased estimate at a fraction of the cost, which is all VGG."""
 
 
-class AdversarialConfig(Config):
-    """The hinge GAN term with a constant weight."""
-
-    discriminator: DiscriminatorConfig = UNetDiscriminatorConfig()
-    weight: float = Field(0.1, ge=0)
-    """The papers' weights are not stated; 0.1 keeps the term below LPIPS."""
-    start: int = Field(0, ge=0)
-    """The first step with the term; before it the discriminator is neither trained nor asked."""
-
-
 class ObjectiveConfig(Config):
-    """Weights of the reconstruction terms; the bottleneck's penalties carry theirs in ``model.bottleneck``."""
+    """Weights of the terms; a weight of 0 leaves a term out. The bottleneck's penalties carry theirs themselves."""
 
     l1_weight: float = Field(1.0, ge=0)
+    l2_weight: float = Field(0.0, ge=0)
+    charbonnier: WaveletCharbonnierConfig = WaveletCharbonnierConfig()
+    """On the high-frequency wavelet bands."""
+    high_pass: HighPassConfig = HighPassConfig()
+    """L1 on what a Gaussian leaves over."""
+    low_pass: LowPassConfig = LowPassConfig()
+    """L2 on what a Gaussian lets through."""
     lpips: LPIPSConfig = LPIPSConfig()
+    vgg_features: VGGFeaturesConfig = VGGFeaturesConfig()
     adversarial: AdversarialConfig | None = None
 
-
-def reconstruction_terms(
-    config: ObjectiveConfig, images: Tensor, target: Tensor, perceptual: Distance | None
-) -> dict[str, Tensor]:
-    """Return the scalar terms ``l1`` and, given its network, ``lpips``: unweighted means over the batch."""
-    terms = {"l1": l1(images, target).mean()}
-    if perceptual is not None:
-        count = math.ceil(config.lpips.share * len(images))
-        terms["lpips"] = perceptual(images[:count], target[:count]).mean()
-    return terms
-
-
-def adversarial_term(fake: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the scalar term ``adversarial`` of the generator."""
-    return {"adversarial": hinge_generator(fake).mean()}
+    @property
+    def reconstruction_weights(self) -> dict[str, float]:
+        """Weights of the reconstruction terms that are not 0, by name."""
+        weights = {
+            "l1": self.l1_weight,
+            "l2": self.l2_weight,
+            "charbonnier": self.charbonnier.weight,
+            "high_pass": self.high_pass.weight,
+            "low_pass": self.low_pass.weight,
+            "lpips": self.lpips.weight,
+            "vgg_features": self.vgg_features.weight,
+        }
+        return {name: weight for name, weight in weights.items() if weight > 0}
 
 
-def term_weights(config: ObjectiveConfig, penalty_weights: Mapping[str, float]) -> dict[str, float]:
-    """Return the weight of every term the configuration knows, by name."""
-    weights = {"l1": config.l1_weight, "lpips": config.lpips.weight, **penalty_weights}
-    if config.adversarial is not None:
-        weights["adversarial"] = config.adversarial.weight
-    return weights
+def reconstruction_distances(config: ObjectiveConfig, device: torch.device) -> dict[str, Distance]:
+    """Return the distance of every reconstruction term that has a weight, by name; networks are on ``device``.
+
+    Raises :class:`~wavelatent.common.errors.WavelatentError` where a network's weights cannot be had.
+    """
+    known: dict[str, Callable[[], Distance]] = {
+        "l1": lambda: l1,
+        "l2": lambda: l2,
+        "charbonnier": lambda: (
+            lambda x, y: wavelet_charbonnier(x, y, epsilon=config.charbonnier.epsilon, levels=config.charbonnier.levels)
+        ),
+        "high_pass": lambda: lambda x, y: high_pass_l1(x, y, sigma=config.high_pass.sigma),
+        "low_pass": lambda: lambda x, y: low_pass_l2(x, y, sigma=config.low_pass.sigma),
+        "lpips": lambda: on_share(PerceptualDistance(config.lpips.net).to(device), config.lpips.share),
+        "vgg_features": lambda: on_share(
+            VGGFeatureDistance(config.vgg_features.layers).to(device), config.vgg_features.share
+        ),
+    }
+    return {name: known[name]() for name in config.reconstruction_weights}
 
 
-def weighted_total(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+def on_share(distance: Distance, share: float) -> Distance:
+    """Return ``distance`` computed on the first ``share`` of a batch only, ``[ceil(share * B)]``."""
+
+    def partial(images: Tensor, target: Tensor) -> Tensor:
+        count = math.ceil(share * len(images))
+        return distance(images[:count], target[:count])
+
+    return partial
+
+
+def weighted_total(terms: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor:
     """Return the sum of the terms times their weights. Raises ``KeyError`` for a term without a weight."""
     return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+
+
+def check_losses(names: Iterable[str], config: ObjectiveConfig, where: str) -> None:
+    """Raise :class:`UsageError` for a name that is no term of the objective, or one that has no weight in it."""
+    has_weight = [*config.reconstruction_weights, *(["adversarial"] if config.adversarial else [])]
+    for name in names:
+        if name not in has_weight:
+            nearest = difflib.get_close_matches(name, has_weight, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"with a weight: {', '.join(has_weight)}"
+            raise UsageError(f"{where}: {name!r} is no loss that has a weight in objective; {hint}")

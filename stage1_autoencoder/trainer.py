@@ -7,18 +7,19 @@ otherwise be trained on. Order inside the loop: report, save, stop?, step - so t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..common.config import Config
 from ..common.ema import EMA, EMAConfig
 from ..common.errors import Stopped, UsageError, WavelatentError
 from ..common.images import Batch, ImageData, read_batch, save_grid, training_batches
-from ..common.lpips_metric import MIN_SIZE, PerceptualDistance
 from ..common.run_folder import RunFolder
 from ..common.runtime import StopRequest
 from ..common.training import (
@@ -35,15 +36,16 @@ from ..common.training import (
     set_learning_rate,
 )
 from ..common.training_state import TrainingState
-from .autoencoder import Autoencoder, AutoencoderConfig
-from .discriminators import DISCRIMINATORS
-from .losses import hinge_discriminator
-from .objective import ObjectiveConfig, adversarial_term, reconstruction_terms, term_weights, weighted_total
+from .adversarial import Adversary, ReconstructionMonitor, adaptive_weight, last_layer_gradients
+from .autoencoder import Autoencoder, AutoencoderConfig, AutoencoderOutput
+from .objective import ObjectiveConfig, check_losses, reconstruction_distances, weighted_total
+from .phases import Phase, PhaseConfig, phase_at, resize, resolve_phases
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SAMPLE_IMAGES = 8
+SIDES = ("real", "fake")
 
 
 class AutoencoderTrainConfig(Config):
@@ -58,6 +60,8 @@ class AutoencoderTrainConfig(Config):
     discriminator_learning_rate: LearningRateConfig = LearningRateConfig()
     clip_norm: float = Field(1.0, gt=0)
     """Gradients of each optimiser are clipped to this norm."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """One after another, for ``steps`` steps in all; none: a single one with the settings above."""
     flip: bool = True
     ema: EMAConfig = EMAConfig()
     num_workers: int = Field(0, ge=0)
@@ -66,6 +70,26 @@ class AutoencoderTrainConfig(Config):
     checkpoint_every: int = Field(1000, ge=1)
     keep: int = Field(2, ge=1)
     """Checkpoints kept."""
+
+    @model_validator(mode="after")
+    def _phases_have_steps(self) -> AutoencoderTrainConfig:
+        self.resolved_phases()
+        return self
+
+    def resolved_phases(self) -> tuple[Phase, ...]:
+        """Return the run's phases with nothing left open; at least one."""
+        return resolve_phases(
+            self.phases,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            discriminator_learning_rate=self.discriminator_learning_rate,
+        )
+
+    def images_at(self, step: int) -> int:
+        """Return the images seen before ``step``."""
+        phase = phase_at(self.resolved_phases(), step)
+        return phase.images_before + (step - phase.start) * phase.batch_size
 
 
 class AutoencoderTrainer:
@@ -84,79 +108,82 @@ class AutoencoderTrainer:
     ) -> None:
         self.objective, self.config, self.data, self.seed = objective, train, data, seed
         self.run, self.accelerator = run, accelerator
-        self.micro_batch = batch_per_process(train.batch_size, accelerator.num_processes, train.gradient_accumulation)
-        if accelerator.mixed_precision == "fp16" and train.gradient_accumulation > 1 and objective.adversarial:
-            raise UsageError(
-                "train.gradient_accumulation with an adversarial loss needs --mixed-precision bf16 or no: in fp16 the "
-                "loss scale may change between the discriminator's micro-steps"
-            )
+        self.phases = train.resolved_phases()
+        check_settings(objective, train, accelerator, data.size)
         torch.manual_seed(seed)  # the same initial weights in every process
         self.autoencoder = Autoencoder(model).to(accelerator.device)
+        if run.checkpoint is None:
+            self.autoencoder.load_source_weights()
         self.ema = EMA(self.autoencoder, train.ema)  # copied before accelerate wraps the forward pass
-        self.discriminator = self._build_discriminator()
-        self._try_size()
-        self.perceptual = self._build_perceptual()
-        self.weights = term_weights(objective, model.bottleneck.penalty_weights)
+        self.adversary = None if objective.adversarial is None else Adversary(objective.adversarial)
+        self.monitor = ReconstructionMonitor().to(accelerator.device)
+        if self.adversary is not None:
+            self.adversary.to(accelerator.device)
+        self.distances = reconstruction_distances(objective, accelerator.device)
+        self.weights = objective.reconstruction_weights | model.bottleneck.penalty_weights
+        self._try_sizes()
         self._means = RunningMeans()
         self._prepare()
 
-    def _build_discriminator(self) -> nn.Module | None:
-        adversarial = self.objective.adversarial
-        if adversarial is None:
-            return None
-        discriminator = DISCRIMINATORS[adversarial.discriminator.kind](adversarial.discriminator)
-        return discriminator.to(self.accelerator.device)
-
     @torch.no_grad()
-    def _try_size(self) -> None:
-        """Run one image through every network, so that a size that does not fit fails before anything is written."""
-        self.autoencoder.latent_shape(self.data.size)
-        image = torch.zeros(1, 3, self.data.size, self.data.size, device=self.accelerator.device)
-        self.ema.model(image)
-        if self.discriminator is not None:
-            self.discriminator.eval()(image)  # eval: spectral norm's power iteration stays as it was
-            self.discriminator.train()
-
-    def _build_perceptual(self) -> PerceptualDistance | None:
-        if self.objective.lpips.weight == 0:
-            return None
-        if self.data.size < MIN_SIZE:
-            raise UsageError(
-                f"LPIPS needs images of at least {MIN_SIZE} px, these have {self.data.size}: "
-                "set objective.lpips.weight=0, or give a larger --size"
-            )
-        return PerceptualDistance(self.objective.lpips.net).to(self.accelerator.device)
+    def _try_sizes(self) -> None:
+        """Run an image of every size through every network, so that one that does not fit fails before any writing."""
+        factor = min([getattr(p, "min_scale", 1.0) for p in self.autoencoder.config.perturbations], default=1.0)
+        for size in {phase.size or self.data.size for phase in self.phases}:
+            self.autoencoder.latent_shape(size)
+            image = torch.zeros(1, 3, size, size, device=self.accelerator.device)
+            self.ema.model(image)
+            smallest = image[..., : int(size * factor), : int(size * factor)]
+            for name, distance in self.distances.items():
+                try:
+                    distance(smallest, smallest)
+                except ValueError as error:
+                    raise UsageError(f"{error}: set objective.{name}.weight=0, or take larger images") from error
+            if self.adversary is not None:
+                self.adversary.network.eval()(image)  # eval: spectral norm's power iteration stays as it was
+                self.adversary.network.train()
 
     def _prepare(self) -> None:
         """Make the optimisers, restore the newest checkpoint, and hand models and optimisers to accelerate."""
-
-        def adam(module: nn.Module) -> torch.optim.Adam:
-            return torch.optim.Adam(module.parameters(), lr=0.0, betas=self.config.betas, fused=True)
-
-        modules: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "ema": self.ema.model}
-        optimizers: dict[str, torch.optim.Optimizer] = {"autoencoder_optimizer": adam(self.autoencoder)}
-        if self.discriminator is not None:
-            modules["discriminator"] = self.discriminator
-            optimizers["discriminator_optimizer"] = adam(self.discriminator)
+        modules: dict[str, nn.Module] = {
+            "autoencoder": self.autoencoder,
+            "ema": self.ema.model,
+            "monitor": self.monitor,
+        }
+        optimizers = {"autoencoder_optimizer": self._adam(self.autoencoder)}
+        if self.adversary is not None:
+            modules |= self.adversary.modules()
+            optimizers["discriminator_optimizer"] = self._adam(self.adversary.network)
         self.state = TrainingState(self.run, self.accelerator, self.config, modules, optimizers, shown=self.ema.model)
         self.state.restore()
         prepare = self.accelerator.prepare
         self.wrapped_autoencoder = prepare(self.autoencoder)
         self.autoencoder_optimizer = prepare(optimizers["autoencoder_optimizer"])
-        if self.discriminator is not None:
-            self.wrapped_discriminator = prepare(self.discriminator)
+        if self.adversary is not None:
+            self.wrapped_discriminator = prepare(self.adversary.network)
             self.discriminator_optimizer = prepare(optimizers["discriminator_optimizer"])
+
+    def _adam(self, module: nn.Module) -> torch.optim.Optimizer:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        if not trained:
+            raise UsageError("nothing in this model is trained: set trainable of its encoder or decoder")
+        return torch.optim.Adam(trained, lr=0.0, betas=self.config.betas, fused=True)
 
     @property
     def step(self) -> int:
         """Optimiser steps done."""
         return self.state.step
 
+    @property
+    def phase(self) -> Phase:
+        """The phase that the next step belongs to, or the last step did where the run is done."""
+        return phase_at(self.phases, min(self.step, self.config.steps - 1))
+
     def train(self, stop: StopRequest) -> None:
         """Train to the last step. Raises :class:`Stopped` when asked to stop; everything is saved then."""
         config = self.config
         clock = self.state.begin()
-        batches = self._batches()
+        batches, phase = self._batches(), self.phase
         with progress_bar("train-ae", self.step, config.steps, is_main=self.accelerator.is_main_process) as bar:
             while True:
                 done = self.step >= config.steps
@@ -172,15 +199,19 @@ class AutoencoderTrainer:
                     return
                 if reason is not None:
                     raise Stopped(f"stopped by {reason} at step {self.step} of {config.steps}; run again to go on")
+                if self.phase is not phase:
+                    batches, phase = self._batches(), self.phase
                 self._step(batches, clock)
                 bar.update()
 
     def _batches(self) -> Iterator[Batch]:
+        """Yield the batches of the present phase from the present step on."""
+        phase, accumulation = self.phase, self.config.gradient_accumulation
         return training_batches(
             self.data,
-            batch_size=self.micro_batch,
-            seed=self.seed,
-            start_step=self.step * self.config.gradient_accumulation,
+            batch_size=batch_per_process(phase.batch_size, self.accelerator.num_processes, accumulation),
+            seed=phase.data_seed(self.seed),
+            start_step=(self.step - phase.start) * accumulation,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             flip=self.config.flip,
@@ -189,76 +220,125 @@ class AutoencoderTrainer:
 
     def _step(self, batches: Iterator[Batch], clock: Clock) -> None:
         """Advance by one optimiser step of both networks."""
-        config = self.config
-        set_learning_rate(self.autoencoder_optimizer, config.learning_rate.at(self.step, config.steps))
-        if self.discriminator is not None:
-            rate = config.discriminator_learning_rate.at(self.step, config.steps)
+        config, phase = self.config, self.phase
+        step_in_phase = self.step - phase.start
+        if step_in_phase == 0:
+            self.monitor.begin_phase()
+        self.autoencoder.perturbations.progress = self.step / config.steps
+        set_learning_rate(self.autoencoder_optimizer, phase.learning_rate.at(step_in_phase, phase.steps))
+        wrapped = [self.wrapped_autoencoder]
+        if self.adversary is not None:
+            wrapped.append(self.wrapped_discriminator)
+            rate = phase.discriminator_learning_rate.at(step_in_phase, phase.steps)
             set_learning_rate(self.discriminator_optimizer, rate)
+        heard = self._adversarial_scale() > 0
+        losses = []
         for micro in range(config.gradient_accumulation):
             seed_step(self.seed, self.accelerator.process_index, self.step * config.gradient_accumulation + micro)
-            images = next(batches).images.to(self.accelerator.device)
-            wrapped = [self.wrapped_autoencoder]
-            if self.discriminator is not None:
-                wrapped.append(self.wrapped_discriminator)
+            images = resize(next(batches).images.to(self.accelerator.device), phase.size)
             with self.accelerator.accumulate(*wrapped):
-                self._micro_step(images, clock)
+                losses.append(self._micro_step(images, clock))
+        self._watch(torch.stack(losses).mean(), step_in_phase, heard=heard)
         self.state.step += 1
-        self.ema.update(self.autoencoder, self.state.images_seen, config.batch_size)
+        self.ema.update(self.autoencoder, self.state.images_seen, phase.batch_size)
+
+    def _adversarial_scale(self) -> float:
+        """Return the share of the adversarial term's weight that the autoencoder has at this step."""
+        if not self._adversarial_on or self.adversary is None:
+            return 0.0
+        if self.adversary.config.pause is not None and self.monitor.paused(self.step):
+            return 0.0
+        return self.adversary.config.scale(self.step, self.config.steps)
 
     @property
     def _adversarial_on(self) -> bool:
-        adversarial = self.objective.adversarial
-        return adversarial is not None and self.step >= adversarial.start
+        return (
+            self.adversary is not None
+            and self.phase.has("adversarial")
+            and self.adversary.config.on(self.step, self.config.steps)
+        )
 
-    def _micro_step(self, images: Tensor, clock: Clock) -> None:
-        """Differentiate both losses; on the last micro-step both optimisers step.
+    def _watch(self, reconstruction: Tensor, step_in_phase: int, *, heard: bool) -> None:
+        """Follow the reconstruction loss of the global batch, and pause the adversarial term where it worsens."""
+        if self.adversary is None:
+            return
+        loss = self.accelerator.reduce(reconstruction, "mean")
+        self.monitor.update(loss, step_in_phase, adversarial=heard)
+        if heard and self.adversary.config.pause is not None:
+            event = self.monitor.maybe_pause(self.step + 1, self.adversary.config.pause)
+            if event is not None and self.accelerator.is_main_process:
+                tqdm.write(event, file=sys.stderr)
+        self._means.add(self.monitor.metrics(self.step))
+
+    def _micro_step(self, images: Tensor, clock: Clock) -> Tensor:
+        """Differentiate both losses; on the last micro-step both optimisers step. Return the reconstruction loss.
 
         The discriminator's loss is looked at before the autoencoder steps, so that what is saved where it is not finite
         is the state before the step.
         """
-        reconstruction = self._generator_backward(images, clock)
-        loss = self._discriminator_loss(images, reconstruction, clock) if self._adversarial_on else None
+        reconstruction, output = self._generator_backward(images, clock)
+        loss = self._discriminator_loss(output.target, output.images.detach(), clock) if self._adversarial_on else None
         self.autoencoder_optimizer.step()
         self.autoencoder_optimizer.zero_grad()
         if loss is None:
-            return
+            return reconstruction
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = {"gradient_norm/discriminator": self._clip(self.discriminator_optimizer, self.wrapped_discriminator)}
             self._guard_norm(norm, clock, save=False)  # the autoencoder has stepped already
         self.discriminator_optimizer.step()
         self.discriminator_optimizer.zero_grad()
+        return reconstruction
 
-    def _generator_backward(self, images: Tensor, clock: Clock) -> Tensor:
-        """Differentiate the autoencoder's loss; return the detached reconstruction."""
+    def _generator_backward(self, images: Tensor, clock: Clock) -> tuple[Tensor, AutoencoderOutput]:
+        """Differentiate the autoencoder's loss; return its reconstruction part, detached, and the output."""
         self.wrapped_autoencoder.train()
         output = self.wrapped_autoencoder(images)
-        terms = reconstruction_terms(self.objective, output.images, images, self.perceptual) | output.penalties
-        if self._adversarial_on:
-            assert self.discriminator is not None
-            self.discriminator.requires_grad_(False)
+        terms = {
+            name: distance(output.images, output.target).mean()
+            for name, distance in self.distances.items()
+            if self.phase.has(name)
+        }
+        reconstruction = weighted_total(terms, self.weights)
+        weights: dict[str, float | Tensor] = dict(self.weights)
+        scale = self._adversarial_scale()
+        if scale > 0 and self.adversary is not None:
             with self.accelerator.autocast():
-                terms |= adversarial_term(self.discriminator(output.images))
-            self.discriminator.requires_grad_(True)
+                terms["adversarial"] = self.adversary.generator_term(output.images, output.target)
+            weights["adversarial"] = scale * self.adversary.config.weight
+        terms |= output.penalties
         self._guard(terms, clock)
-        total = weighted_total(terms, self.weights)
+        if "adversarial" in terms:
+            weights["adversarial"] *= self._adaptive_weight(reconstruction, terms["adversarial"], clock)
+        total = weighted_total(terms, weights)
         self.accelerator.backward(total)
         self._means.add({f"loss/{name}": value for name, value in terms.items()} | {"loss/total": total})
-        self._means.add(_health(output.images.detach(), images, output.raw.detach()))
+        self._means.add(_health(output) | output.metrics)
         if self.accelerator.sync_gradients:
             norm = {"gradient_norm/autoencoder": self._clip(self.autoencoder_optimizer, self.wrapped_autoencoder)}
             self._guard_norm(norm, clock)
-        return output.images.detach()
+        return reconstruction.detach(), output
 
-    def _discriminator_loss(self, images: Tensor, reconstruction: Tensor, clock: Clock) -> Tensor:
+    def _adaptive_weight(self, reconstruction: Tensor, adversarial: Tensor, clock: Clock) -> float | Tensor:
+        """Return the factor that balances the two terms' gradients at the decoder's last layer, or 1."""
+        assert self.adversary is not None
+        if (config := self.adversary.config.adaptive) is None:
+            return 1.0
+        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        gradients = last_layer_gradients((reconstruction, adversarial), self.autoencoder.decoder.last_layer, scale)
+        weight, clamped = adaptive_weight(*self.accelerator.reduce(gradients, "mean"), config)
+        self._guard({"the adaptive weight of adversarial": weight}, clock)
+        self._means.add({"gan/adaptive_weight": weight, "gan/adaptive_clamped": clamped})
+        return weight
+
+    def _discriminator_loss(self, real: Tensor, fake: Tensor, clock: Clock) -> Tensor:
         """Return the discriminator's loss from one forward pass on real and reconstructed images together."""
-        logits = self.wrapped_discriminator(torch.cat([images, reconstruction]))
-        real, fake = zip(*(part.chunk(2) for part in logits), strict=True)
-        loss = hinge_discriminator(real, fake).mean()
-        self._guard({"discriminator": loss}, clock)
-        real_mean, fake_mean = (torch.stack([m.float().mean() for m in maps]).mean() for maps in (real, fake))
-        self._means.add({"loss/discriminator": loss, "gan/logit_real": real_mean, "gan/logit_fake": fake_mean})
-        return loss
+        assert self.adversary is not None
+        output = self.adversary.discriminator_terms(self.wrapped_discriminator, real, fake, self.step)
+        self._guard(output.terms, clock)
+        self.adversary.follow(*(self.accelerator.reduce(output.metrics[f"gan/logit_{side}"]) for side in SIDES))
+        self._means.add({f"loss/{name}": value for name, value in output.terms.items()} | output.metrics)
+        return weighted_total(output.terms, output.weights)
 
     def _clip(self, optimizer: torch.optim.Optimizer, wrapped: nn.Module) -> Tensor:
         return clip_gradients(self.accelerator, optimizer, wrapped.parameters(), self.config.clip_norm)
@@ -289,7 +369,8 @@ class AutoencoderTrainer:
         values = self._means.take(self.accelerator)
         config = self.config
         if values:
-            values["learning_rate"] = config.learning_rate.at(max(0, self.step - 1), config.steps)
+            phase = phase_at(self.phases, max(0, self.step - 1))
+            values["learning_rate"] = phase.learning_rate.at(max(0, self.step - 1 - phase.start), phase.steps)
             self.run.log(self.step, self.state.images_seen, clock.seconds, values)
         self.run.set_status("running", self.step, config.steps, clock.eta(self.step, config.steps))
         return {name.removeprefix("loss/"): f"{values[name]:.3g}" for name in values if name.startswith("loss/")}
@@ -300,14 +381,38 @@ class AutoencoderTrainer:
         if not self.accelerator.is_main_process:
             return
         count = min(SAMPLE_IMAGES, len(self.data))
-        images = read_batch(self.data, range(count)).images.to(self.accelerator.device)
+        images = resize(read_batch(self.data, range(count)).images.to(self.accelerator.device), self.phase.size)
         reconstructions = self.ema.model(images).images
         save_grid(self.run.sample_path(self.step), torch.cat([images, reconstructions]).cpu(), columns=count)
 
 
-def _health(reconstruction: Tensor, images: Tensor, raw: Tensor) -> dict[str, Tensor]:
+def check_settings(
+    objective: ObjectiveConfig, train: AutoencoderTrainConfig, accelerator: Accelerator, size: int
+) -> None:
+    """Raise :class:`UsageError` where settings do not go together, or do not fit images of ``size`` pixels."""
+    adversarial = objective.adversarial
+    if accelerator.mixed_precision == "fp16" and adversarial is not None:
+        if train.gradient_accumulation > 1:
+            raise UsageError(
+                "train.gradient_accumulation with an adversarial loss needs --mixed-precision bf16 or no: in fp16 the "
+                "loss scale may change between the discriminator's micro-steps"
+            )
+        if adversarial.has_gradient_penalty:
+            raise UsageError("objective.adversarial.r1_weight and r2_weight need --mixed-precision bf16 or no")
+    for phase in train.resolved_phases():
+        where = f"train.phases.{phase.index}"
+        batch_per_process(phase.batch_size, accelerator.num_processes, train.gradient_accumulation)
+        check_losses(phase.losses or (), objective, f"{where}.losses")
+        if not any(phase.has(name) for name in objective.reconstruction_weights):
+            raise UsageError(f"{where} has no reconstruction loss: give one a weight in objective, l1_weight for one")
+        if phase.size is not None and phase.size > size:
+            raise UsageError(f"{where}.size={phase.size} is larger than the data's {size} px; prepare it larger")
+
+
+def _health(output: AutoencoderOutput) -> dict[str, Tensor]:
     """Return what tells a healthy run: PSNR in dB, and the scale and extremes of the raw latents."""
-    mse = (reconstruction.float().clamp(-1, 1) - images).square().flatten(1).mean(dim=1)
+    images, target, raw = output.images.detach(), output.target, output.raw.detach()
+    mse = (images.float().clamp(-1, 1) - target).square().flatten(1).mean(dim=1)
     return {
         "psnr": (10 * torch.log10(4 / mse.clamp_min(1e-10))).mean(),
         "latent/mean": raw.mean(),

@@ -81,6 +81,10 @@ class DiffusionTrainConfig(Config):
     sample_steps: int = Field(18, ge=1)
     """Heun steps of a grid."""
 
+    def images_at(self, step: int) -> int:
+        """Return the images seen before ``step``."""
+        return step * self.batch_size
+
 
 class DiffusionTrainer:
     """Holds the state of one run and advances it; :meth:`train` is the loop.
