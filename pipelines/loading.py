@@ -11,8 +11,14 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from ..common.errors import UsageError, WavelatentError
-from ..stage1_autoencoder.autoencoder import Autoencoder
+from ..stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
+from ..stage1_autoencoder.bottlenecks import KLConfig, PlainConfig
+from ..stage1_autoencoder.diffusers_source import load_diffusers_model, read_architecture
+from ..stage1_autoencoder.pretrained import PretrainedDecoderConfig, PretrainedEncoderConfig
 from ..stage2_diffusion.model import LatentDiffusion
+
+DIFFUSERS = "diffusers:"
+"""What an AE begins with that is a folder or hub id of a diffusers autoencoder."""
 
 M = TypeVar("M", Autoencoder, LatentDiffusion)
 
@@ -23,8 +29,6 @@ def model_folder(spec: str | Path) -> Path:
     Raises :class:`UsageError` where there is none, and :class:`WavelatentError` for a run that has not saved one yet.
     """
     path = Path(spec)
-    if str(spec).startswith("diffusers:"):
-        raise UsageError(f"{spec}: diffusers autoencoders cannot be loaded yet; give a run folder of train-ae")
     if not path.is_dir():
         raise UsageError(f"{spec}: no such folder; give a run folder or a saved model folder")
     if (path / "model" / "config.json").is_file():
@@ -37,11 +41,38 @@ def model_folder(spec: str | Path) -> Path:
 
 
 def load_autoencoder(spec: str | Path) -> Autoencoder:
-    """Return the autoencoder that AE means, in eval mode and float32 on the CPU. Errors as :func:`model_folder`."""
+    """Return the autoencoder that AE means, in eval mode and float32 on the CPU.
+
+    Errors as :func:`model_folder`; for ``diffusers:...`` as :func:`load_diffusers_model`, and :class:`UsageError` where
+    the optional extra is not installed.
+    """
+    if str(spec).startswith(DIFFUSERS):
+        return _load_diffusers(str(spec).removeprefix(DIFFUSERS))
     folder = model_folder(spec)
     if "encoder" not in _read_config(folder):
         raise UsageError(f"{spec}: holds no autoencoder; give the run of train-ae")
     return load_model_folder(Autoencoder, folder)
+
+
+def _load_diffusers(source: str) -> Autoencoder:
+    """Return a diffusers autoencoder, frozen, as an encoder and a decoder of ours; the latents are not normalised.
+
+    Its configuration does not name ``source``, so that its fingerprint is that of the model wherever it lies.
+    """
+    model = load_diffusers_model(source)
+    encoder = PretrainedEncoderConfig(architecture=read_architecture(source))
+    decoder = PretrainedDecoderConfig(architecture=encoder.architecture)
+    autoencoder = Autoencoder(
+        AutoencoderConfig(
+            encoder=encoder,
+            channels=encoder.latent_channels,
+            bottleneck=KLConfig() if encoder.family.gaussian else PlainConfig(),
+            decoder=decoder,
+        )
+    )
+    for half in (autoencoder.encoder, autoencoder.decoder):
+        half.take_weights(model, source)
+    return autoencoder.eval().requires_grad_(False)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

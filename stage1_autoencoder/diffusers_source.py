@@ -94,9 +94,17 @@ def check_class(name: object, where: str) -> str:
     raise UsageError(f"{where}: {what}; supported: {', '.join(FAMILIES)} (no video or audio models)")
 
 
+def diffusers_class(name: str) -> Any:
+    """Return the class. Raises :class:`UsageError` where the installed diffusers is missing or too old to have it."""
+    diffusers = import_diffusers()
+    if not hasattr(diffusers, name):
+        raise UsageError(f"diffusers {diffusers.__version__} has no {name}: pip install --upgrade diffusers")
+    return getattr(diffusers, name)
+
+
 def default_settings(class_name: str) -> dict[str, Any]:
     """Return every argument of a diffusers class, with its default."""
-    parameters = inspect.signature(getattr(import_diffusers(), class_name).__init__).parameters
+    parameters = inspect.signature(diffusers_class(class_name).__init__).parameters
     return {name: p.default for name, p in parameters.items() if name != "self"}
 
 
@@ -129,15 +137,16 @@ def _from_hub(repository: str, subfolder: str, source: str, weights: bool) -> Pa
     except RepositoryNotFoundError as error:
         raise UsageError(f"{source}: no such folder, and no such repository on the hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        first_line = str(error).partition("\n")[0]
         raise WavelatentError(
-            f"{source}: no such folder, and the hub cannot be reached ({one_line(error)[:120]}); "
+            f"{source}: no such folder, and the hub cannot be reached ({first_line}); "
             "give a folder that holds the model, or run it once where there is a network"
         ) from error
     return Path(snapshot) / subfolder
 
 
 def read_architecture(source: str) -> dict[str, Any]:
-    """Return the configuration of the diffusers autoencoder in ``source``, complete and fit for JSON.
+    """Return the configuration of the diffusers autoencoder in ``source``, fit for JSON.
 
     Settings that the installed diffusers does not know are left out, as diffusers does. Raises :class:`UsageError`
     where ``source`` holds no supported autoencoder; see also :func:`source_folder`.
@@ -158,10 +167,12 @@ def read_architecture(source: str) -> dict[str, Any]:
 
 
 def architecture_of(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an ``architecture``: every argument of the class, from ``config`` or by default, fit for JSON."""
-    defaults = default_settings(class_name)
-    settings = {key: config.get(key, default) for key, default in defaults.items()}
-    return {"_class_name": class_name, **json.loads(json.dumps(settings))}
+    """Return an ``architecture``: what ``config`` says of the arguments of the class, fit for JSON.
+
+    Defaults are not filled in, so that a later diffusers with more of them changes nothing that is recorded.
+    """
+    known = default_settings(class_name)
+    return {"_class_name": class_name, **json.loads(json.dumps({k: v for k, v in config.items() if k in known}))}
 
 
 def load_diffusers_model(source: str) -> Any:
@@ -170,7 +181,7 @@ def load_diffusers_model(source: str) -> Any:
     Raises :class:`UsageError` where it holds no supported one, :class:`WavelatentError` where its weights are missing,
     broken or incomplete (only safetensors are read).
     """
-    model_class = getattr(import_diffusers(), read_architecture(source)["_class_name"])
+    model_class = diffusers_class(read_architecture(source)["_class_name"])
     folder = source_folder(source)
     try:
         model, info = model_class.from_pretrained(

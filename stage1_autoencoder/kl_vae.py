@@ -21,7 +21,7 @@ class KLEncoderConfig(Config):
 
     kind: Literal["kl"] = "kl"
     width: int = Field(128, ge=4)
-    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 4), min_length=2, max_length=4)
+    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 4), min_length=2, max_length=6)
     num_res_blocks: int = Field(2, ge=1)
     attention: bool = True
     """Self-attention between the two middle blocks."""

@@ -25,7 +25,7 @@ from .diffusers_source import (
     FAMILIES,
     Family,
     default_settings,
-    import_diffusers,
+    diffusers_class,
     load_diffusers_model,
     one_line,
     read_architecture,
@@ -147,15 +147,19 @@ class _PretrainedHalf(nn.Module):
 
     def load_source_weights(self) -> None:
         """Take the weights from ``source``; without one, the random weights stay. Errors as `load_diffusers_model`."""
-        if self.config.source is None:
-            return
-        weights = load_diffusers_model(self.config.source).state_dict()
+        if self.config.source is not None:
+            self.take_weights(load_diffusers_model(self.config.source), self.config.source)
+
+    def take_weights(self, model: nn.Module, name: str) -> None:
+        """Copy this half's weights from a diffusers model; ``name`` is what the error says of it.
+
+        Raises :class:`WavelatentError` where the model is of another architecture.
+        """
+        weights = model.state_dict()
         try:
             self.model.load_state_dict({key: weights[key] for key in self.model.state_dict()})
         except (KeyError, RuntimeError) as error:
-            raise WavelatentError(
-                f"{self.config.source} is not of the recorded architecture: {one_line(error)[:200]}"
-            ) from error
+            raise WavelatentError(f"{name} is not of the recorded architecture: {one_line(error)[:200]}") from error
 
 
 def _build_half(config: PretrainedConfig, *, encodes: bool) -> Any:
@@ -164,7 +168,7 @@ def _build_half(config: PretrainedConfig, *, encodes: bool) -> Any:
         if settings.get(key, 3) != 3:
             raise UsageError(f"{config.class_name}: {key} is {settings[key]}, images have 3 channels")
     try:
-        model = getattr(import_diffusers(), config.class_name)(**settings)
+        model = diffusers_class(config.class_name)(**settings)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UsageError(f"{config.class_name} cannot be built from its architecture: {one_line(error)}") from error
     for name in family.unused:
@@ -253,7 +257,8 @@ class PretrainedDecoder(_PretrainedHalf):
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight of the last convolution."""
-        return [module for module in self.model.decoder.modules() if isinstance(module, nn.Conv2d)][-1].weight
+        convolutions = [module for module in self.model.decoder.modules() if isinstance(module, nn.Conv2d)]
+        return convolutions[-1].get_parameter("weight")
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return the images."""
