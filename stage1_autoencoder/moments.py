@@ -12,7 +12,7 @@ from torch import Tensor
 from ..common.latents import Posterior
 
 ACTIVE_VARIANCE = 0.01
-"""A channel is active where the variance of its posterior mean is above it (Burda et al. 2016, arXiv 1509.00519, 5)."""
+"""A channel is active where the variance of its posterior mean is above it (Burda et al. 2016, arXiv 1509.00519)."""
 
 
 def world_size() -> int:

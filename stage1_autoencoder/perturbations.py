@@ -7,75 +7,83 @@ and processes need not draw alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from ..common.config import Config
+from .corruptions import (
+    ChannelDropoutConfig,
+    GaussianConfig,
+    InterpolativeConfig,
+    PrefixMaskConfig,
+    SpatialDropoutConfig,
+    UniformGaussianConfig,
+    channel_dropout,
+    gaussian,
+    interpolative,
+    prefix_mask,
+    spatial_dropout,
+    uniform_gaussian,
+)
+from .equivariance import (
+    RotationEquivarianceConfig,
+    ScaleEquivarianceConfig,
+    rotation_equivariance,
+    scale_equivariance,
+)
+from .local_jitter import LocalJitterConfig, local_jitter
 
-Perturb = Callable[..., tuple[Tensor, Tensor]]
-"""Latents, images, config, probability -> latents and target images."""
+PerturbationConfig = Annotated[
+    GaussianConfig
+    | UniformGaussianConfig
+    | InterpolativeConfig
+    | SpatialDropoutConfig
+    | ChannelDropoutConfig
+    | PrefixMaskConfig
+    | LocalJitterConfig
+    | ScaleEquivarianceConfig
+    | RotationEquivarianceConfig,
+    Field(discriminator="kind"),
+]
 
-
-class ScheduleConfig(Config):
-    """The shares of the training in which a perturbation acts; the default is all of it."""
-
-    start: float = Field(0.0, ge=0, le=1)
-    ramp: float = Field(0.0, ge=0, le=1)
-    """From ``start`` on, the factor rises linearly from 0 to 1 over this share."""
-    end: float = Field(1.0, ge=0, le=1)
-    """From here on the factor is 0; 1 never ends."""
-
-    @model_validator(mode="after")
-    def _in_order(self) -> ScheduleConfig:
-        if self.end <= self.start:
-            raise ValueError(f"end {self.end:g} must come after start {self.start:g}")
-        return self
-
-    def factor(self, progress: float) -> float:
-        """Return the factor in [0, 1] of the probability at ``progress``, the share of the training that is done."""
-        if progress < self.start or (self.end < 1 and progress >= self.end):
-            return 0.0
-        return min(1.0, (progress - self.start) / self.ramp) if self.ramp > 0 else 1.0
-
-
-class PerturbationSettings(Config):
-    """What every perturbation has."""
-
-    probability: float = Field(1.0, ge=0, le=1)
-    """The chance that an image's latent is perturbed."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    """Its factor multiplies the probability."""
-
-
-class GaussianConfig(PerturbationSettings):
-    """Independent Gaussian noise on every value."""
-
-    kind: Literal["gaussian"] = "gaussian"
-    std: float = Field(0.1, ge=0)
-    """Its standard deviation, in units of the raw latents."""
+Perturb = Callable[[Tensor, Tensor, Any, float], tuple[Tensor, Tensor]]
+"""Latents, images, the perturbation's config, a probability above 0 -> latents, and the images to be made of them."""
 
 
-def gaussian(latents: Tensor, config: GaussianConfig) -> Tensor:
-    """``[B, C, h, w]`` -> the same with noise."""
-    return latents + config.std * torch.randn_like(latents)
+def per_image(change: Callable[[Tensor, Any], Tensor]) -> Perturb:
+    """Return ``change(latents, config)``, which keeps the shape, applied to each image with the probability."""
 
-
-def per_image(perturb: Callable[..., Tensor]) -> Perturb:
-    """Apply ``perturb(latents, config)``, which keeps the shape, to each image with its probability."""
-
-    def apply(latents: Tensor, images: Tensor, config: Config, probability: float) -> tuple[Tensor, Tensor]:
+    def perturb(latents: Tensor, images: Tensor, config: Any, probability: float) -> tuple[Tensor, Tensor]:
         chosen = torch.rand(len(latents), 1, 1, 1, device=latents.device) < probability
-        return torch.where(chosen, perturb(latents, config), latents), images
+        return torch.where(chosen, change(latents, config), latents), images
 
-    return apply
+    return perturb
 
 
-PerturbationConfig = Annotated[GaussianConfig, Field()]
+def per_batch(change: Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]) -> Perturb:
+    """Return ``change(latents, images, config)`` applied to the whole batch with the probability."""
 
-PERTURBATIONS: dict[str, Perturb] = {"gaussian": per_image(gaussian)}
+    def perturb(latents: Tensor, images: Tensor, config: Any, probability: float) -> tuple[Tensor, Tensor]:
+        if float(torch.rand(())) >= probability:  # drawn on the CPU: no device has to wait for it
+            return latents, images
+        return change(latents, images, config)
+
+    return perturb
+
+
+PERTURBATIONS: dict[str, Perturb] = {
+    "gaussian": per_image(gaussian),
+    "uniform_gaussian": per_image(uniform_gaussian),
+    "interpolative": per_image(interpolative),
+    "spatial_dropout": per_image(spatial_dropout),
+    "channel_dropout": per_image(channel_dropout),
+    "prefix_mask": per_image(prefix_mask),
+    "local_jitter": per_image(local_jitter),
+    "scale_equivariance": per_batch(scale_equivariance),
+    "rotation_equivariance": per_batch(rotation_equivariance),
+}
 
 
 class Perturbations(nn.Module):
@@ -91,7 +99,7 @@ class Perturbations(nn.Module):
         self.progress = 1.0
 
     def forward(self, latents: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the perturbed latents and the images that the decoder is to make of them."""
+        """Return latents ``[B, C, h', w']`` and the images ``[B, 3, H', W']`` that the decoder is to make of them."""
         if self.training:
             for config in self.configs:
                 probability = config.probability * config.schedule.factor(self.progress)
