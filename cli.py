@@ -51,7 +51,13 @@ NO_NETWORKS = _options(
     ),
 )
 OUT = click.option("--out", type=FOLDER, required=True, help="Where to write.")
-AE = click.option("--ae", required=True, help="The autoencoder: a run folder or a saved model folder.")
+AE = click.option(
+    "--ae", required=True, help="The autoencoder: a run folder, a saved model folder, or diffusers:FOLDER_OR_HUB_ID."
+)
+TILE = click.option(
+    "--tile", type=click.IntRange(min=1), default=None,
+    help="Work in tiles of so many pixels, for images that do not fit in memory.",
+)  # fmt: skip
 DATA = click.option(
     "--data", required=True, help="synthetic[:N], an image folder, a prepared folder, or hf:NAME[:SPLIT]."
 )
@@ -201,6 +207,7 @@ def train_ae(
 @click.option("--flips", is_flag=True, help="Cache the mirror images too, re-encoded.")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default=None, help="Of the cache.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=None, help="Images per shard.")
+@TILE
 @MINUTES
 @OVERWRITE
 @BATCH
@@ -250,6 +257,7 @@ def _seeds(text: str) -> list[int]:
 @click.option("--seeds", default=None, help="Their seeds: 0-49999 or 1,5,7-9.")
 @SAMPLER
 @click.option("--ae", "autoencoder", default=None, help="The recorded autoencoder, where it has moved.")
+@TILE
 @OVERWRITE
 @BATCH
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The first seed of --num.")
@@ -279,6 +287,7 @@ def evaluate() -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for metrics.json.")
 @click.option("--num-images", type=click.IntRange(min=1), default=None, help="How many images; all by default.")
 @click.option("--lpips-net", type=click.Choice(["alex", "vgg"]), default=None, help="alex by default.")
+@TILE
 @OVERWRITE
 @BATCH
 @SEED
@@ -311,6 +320,83 @@ def generation(as_json: bool, **arguments: Any) -> None:
     from wavelatent.pipelines.evaluate import evaluate_generation
 
     _emit_metrics(evaluate_generation(**_given(arguments)).to_dict(), as_json)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Parse ``i/n``."""
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError as error:
+        raise UsageError(f"--shard {text}: give which of how many, as in 0/4") from error
+    return index, count
+
+
+@cli.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[key=value]...")
+@DATA
+@click.option("--eval-data", required=True, help="The images that are reconstructed and measured.")
+@OUT
+@click.option("--shard", default="0/1", show_default=True, help="Work on every n-th cell from the i-th on: i/n.")
+@click.option("--dry-run", is_flag=True, help="List the cells and stop.")
+@MINUTES
+@BATCH
+@DEVICE
+@click.option("--seed", type=int, default=None, expose_value=False, hidden=True)  # the config's seeds decide
+@JSON
+def ablate(config: str, overrides: tuple[str, ...], shard: str, out: Path, as_json: bool, **arguments: Any) -> None:
+    """Train variants x seeds of stage 1 under one recipe (a preset ablation-* or a YAML file) and tabulate them."""
+    from wavelatent.common.config import load_config
+    from wavelatent.pipelines.ablate import ablate as run
+    from wavelatent.pipelines.ablate import describe
+    from wavelatent.pipelines.ablate_config import AblationConfig
+
+    ablation = load_config(AblationConfig, config, overrides)
+    arguments["overwrite"] = False
+    options = _runtime(arguments)
+    result = run(ablation, out=out, options=options, shard=_shard(shard), **_given(arguments))
+    _emit(result, as_json, describe(result))
+
+
+@cli.command()
+@AE
+@OUT
+@click.option("--latents", type=FOLDER, default=None, help="A latent cache of it, for the model's normalisation.")
+@OVERWRITE
+@NO_NETWORKS
+@JSON
+def export(as_json: bool, **arguments: Any) -> None:
+    """Write an autoencoder as a diffusers model folder."""
+    from wavelatent.pipelines.export import export as run
+
+    result = run(**_given(arguments))
+    _emit(result, as_json, f"{result['model']}: {result['class']} of {result['parameters']:,} parameters")
+
+
+@cli.group()
+def bench() -> None:
+    """Measure speed and memory side by side with the peers."""
+
+
+@bench.command("autoencoder")
+@click.option("--size", type=click.IntRange(min=32), default=None, help="Side of the images in pixels (256).")
+@click.option("--model", "models", multiple=True, help="Only this one; may be given again. All by default.")
+@click.option("--precision", "precisions", multiple=True, type=click.Choice(["fp32", "bf16"]), help="Both by default.")
+@click.option("--repeats", type=click.IntRange(min=1), default=None, help="Rounds over all models.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for the JSON.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--mixed-precision", default=None, expose_value=False, hidden=True)  # --precision says which
+@BATCH
+@NO_SEED
+@JSON
+def bench_autoencoder(as_json: bool, **arguments: Any) -> None:
+    """Measure encoding and decoding, speed and memory, beside diffusers' AutoencoderKL, in one run."""
+    from wavelatent.pipelines.bench import bench_autoencoder as run
+    from wavelatent.pipelines.bench import describe
+
+    given = {name: value for name, value in _given(arguments).items() if value != ()}
+    result = run(**given)
+    _emit(result, as_json, describe(result))
 
 
 @cli.command()
