@@ -9,6 +9,7 @@ from ..common.errors import UsageError
 from ..common.images import ImageData
 from ..common.run_folder import RunFolder
 from ..common.runtime import RuntimeOptions, StopRequest, accelerated
+from ..stage1_autoencoder.pretrained import resolve_pretrained
 from ..stage1_autoencoder.trainer import AutoencoderTrainer
 from .run_config import AutoencoderRunConfig
 
@@ -22,6 +23,7 @@ def train_autoencoder(config: AutoencoderRunConfig, *, data: ImageData, out: Pat
     Raises :class:`UsageError` for a configuration that does not fit the data or the folder, :class:`Stopped` after
     SIGTERM, SIGINT or ``max_minutes``, and :class:`WavelatentError` when a loss is no longer finite; all is saved then.
     """
+    config = config.model_copy(update={"model": resolve_pretrained(config.model)})
     with (
         StopRequest(options.max_minutes) as stop,
         accelerated(options, config.train.gradient_accumulation) as accelerator,

@@ -58,6 +58,7 @@ class AutoencoderTrainConfig(Config):
     learning_rate: LearningRateConfig = LearningRateConfig()
     betas: tuple[Beta, Beta] = (0.5, 0.9)
     discriminator_learning_rate: LearningRateConfig = LearningRateConfig()
+    discriminator_betas: tuple[Beta, Beta] = (0.5, 0.9)
     clip_norm: float = Field(1.0, gt=0)
     """Gradients of each optimiser are clipped to this norm."""
     phases: tuple[PhaseConfig, ...] = ()
@@ -150,10 +151,10 @@ class AutoencoderTrainer:
             "ema": self.ema.model,
             "monitor": self.monitor,
         }
-        optimizers = {"autoencoder_optimizer": self._adam(self.autoencoder)}
+        optimizers = {"autoencoder_optimizer": self._adam(self.autoencoder, self.config.betas)}
         if self.adversary is not None:
             modules |= self.adversary.modules()
-            optimizers["discriminator_optimizer"] = self._adam(self.adversary.network)
+            optimizers["discriminator_optimizer"] = self._adam(self.adversary.network, self.config.discriminator_betas)
         self.state = TrainingState(self.run, self.accelerator, self.config, modules, optimizers, shown=self.ema.model)
         self.state.restore()
         prepare = self.accelerator.prepare
@@ -163,11 +164,12 @@ class AutoencoderTrainer:
             self.wrapped_discriminator = prepare(self.adversary.network)
             self.discriminator_optimizer = prepare(optimizers["discriminator_optimizer"])
 
-    def _adam(self, module: nn.Module) -> torch.optim.Optimizer:
+    @staticmethod
+    def _adam(module: nn.Module, betas: tuple[float, float]) -> torch.optim.Optimizer:
         trained = [p for p in module.parameters() if p.requires_grad]
         if not trained:
             raise UsageError("nothing in this model is trained: set trainable of its encoder or decoder")
-        return torch.optim.Adam(trained, lr=0.0, betas=self.config.betas, fused=True)
+        return torch.optim.Adam(trained, lr=0.0, betas=betas, fused=True)
 
     @property
     def step(self) -> int:
