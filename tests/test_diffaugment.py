@@ -71,7 +71,7 @@ def test_color_is_affine_in_the_papers_ranges():
 
 
 def test_translation_moves_whole_pixels_and_fills_with_zeros():
-    height, width = 16, 24
+    height, width = 24, 32
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     position = torch.stack([rows, columns, torch.full_like(rows, 7)]).float() + 1  # zero stands for "outside"
     moved = augment(position.expand(300, -1, -1, -1), "translation")
@@ -82,7 +82,7 @@ def test_translation_moves_whole_pixels_and_fills_with_zeros():
         each = [s[keep].unique() for s, keep in zip(shift, inside, strict=True)]
         assert all(len(e) == 1 for e in each)  # every pixel of an image moves alike
         shifts.append(torch.cat(each).int().unique().tolist())
-    assert shifts == [list(range(-2, 3)), list(range(-3, 4))]  # an eighth of each side
+    assert shifts == [list(range(-3, 4)), list(range(-4, 5))]  # an eighth of each side
     assert (moved[~inside[:, None].expand_as(moved)] == 0).all()
 
 
