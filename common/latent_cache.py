@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -44,11 +44,22 @@ class _Record(BaseModel):
 
 
 class AutoencoderRecord(_Record):
-    """The autoencoder that encoded the cache: what identifies its weights, where it was, the precision it ran in."""
+    """The autoencoder that encoded the cache: what identifies its weights, where it was, and how it was run.
+
+    ``mixed_precision`` is the precision it ran in. ``tile`` is the side in pixels of the tiles that it encoded in, None
+    for whole images: the same weights give other latents in tiles.
+    """
 
     fingerprint: str
     path: str
     mixed_precision: str = "no"
+    tile: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_tile(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``tile`` out where there is none, as caches and plans did before there were tiles."""
+        content: dict[str, Any] = serialise(self)
+        return content if self.tile is not None else {k: v for k, v in content.items() if k != "tile"}
 
 
 class DataRecord(_Record):

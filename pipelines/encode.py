@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..common.latent_cache import MANIFEST, AutoencoderRecord, CacheDtype, DataR
 from ..common.latent_cache_writer import CachePlan, CacheWriter, default_shard_size, require_cache_folder
 from ..common.latents import Posterior
 from ..common.runtime import MixedPrecision, RuntimeOptions, StopRequest, accelerated, autocast
+from ..stage1_autoencoder.tiling import TiledAutoencoder, tiled
 from .loading import load_autoencoder
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def encode(
     overwrite: bool = False,
     size: int | None = None,
     max_bad_fraction: float = 0.01,
+    tile: int | None = None,
 ) -> dict[str, Any]:
     """Encode every image of ``data`` once with ``ae`` and write the latent cache ``out``.
 
@@ -61,21 +64,29 @@ def encode(
         overwrite: remove a cache that is there, finished or not, and start again.
         size: side of the images in pixels; None is the data's own.
         max_bad_fraction: how many unreadable or too small files of ``data`` may be skipped.
+        tile: encode in tiles of so many pixels (:mod:`..stage1_autoencoder.tiling`), for images that do not fit in
+            memory. The cache records it, and one made with another is refused.
 
     Returns:
         What the cache holds: ``cache``, ``count``, ``shape``, ``dtype``, ``flips``, ``posterior``, ``stats``,
         ``shards``, ``bytes``, ``already_complete`` and ``seconds``.
 
     Raises:
-        UsageError: ``out`` is the folder of something else, or the image size does not suit the autoencoder.
+        UsageError: ``out`` is the folder of something else, or the size of the images or of ``tile`` does not suit
+            the autoencoder.
         WavelatentError: the cache was begun or finished with other inputs, or a latent cannot be stored.
         Stopped: by ``max_minutes`` or a signal.
     """
     begin = time.monotonic()
     require_cache_folder(out)
     images = open_data(data, size=size, max_bad_fraction=max_bad_fraction)
-    autoencoder = load_autoencoder(ae)
-    plan = _plan(autoencoder, images, _resolved(ae), dtype, flips, mixed_precision, shard_size)
+    autoencoder = tiled(load_autoencoder(ae), tile)
+    if isinstance(autoencoder, TiledAutoencoder):
+        print(autoencoder.describe("encode"), file=sys.stderr)
+    record = AutoencoderRecord(
+        fingerprint=autoencoder.fingerprint(), path=_resolved(ae), mixed_precision=mixed_precision, tile=tile
+    )
+    plan = _plan(autoencoder, record, images, dtype, flips, shard_size)
     options = RuntimeOptions(device=device, mixed_precision=mixed_precision)
     with StopRequest(max_minutes) as stop, accelerated(options) as accelerator:
         if overwrite and accelerator.is_main_process:
@@ -90,12 +101,11 @@ def encode(
 
 
 def _plan(
-    autoencoder: Autoencoder,
+    autoencoder: Autoencoder | TiledAutoencoder,
+    record: AutoencoderRecord,
     images: ImageData,
-    ae: str,
     dtype: CacheDtype,
     flips: bool,
-    mixed_precision: MixedPrecision,
     shard_size: int | None,
 ) -> CachePlan:
     """Return what the cache will be. Raises :class:`UsageError` where the image size does not suit the autoencoder."""
@@ -109,7 +119,7 @@ def _plan(
     if shard_size is not None and shard_size < 1:
         raise UsageError(f"--shard-size {shard_size}: a shard holds at least one image")
     return CachePlan(
-        autoencoder=AutoencoderRecord(fingerprint=autoencoder.fingerprint(), path=ae, mixed_precision=mixed_precision),
+        autoencoder=record,
         data=DataRecord(
             fingerprint=images.fingerprint(),
             spec=_resolved(images.spec),
@@ -136,7 +146,13 @@ def _check_same(out: Path, plan: CachePlan) -> None:
         out, autoencoder_fingerprint=plan.autoencoder.fingerprint, data_fingerprint=plan.data.fingerprint
     ).manifest
     recorded, given = [
-        {"flips": c.flips, "dtype": c.dtype, "mixed-precision": c.autoencoder.mixed_precision} for c in (manifest, plan)
+        {
+            "flips": c.flips,
+            "dtype": c.dtype,
+            "mixed-precision": c.autoencoder.mixed_precision,
+            "tile": c.autoencoder.tile or "none",
+        }
+        for c in (manifest, plan)
     ]
     for name, value in given.items():
         if recorded[name] != value:
@@ -148,7 +164,7 @@ def _check_same(out: Path, plan: CachePlan) -> None:
 
 def _write_cache(
     writer: CacheWriter,
-    autoencoder: Autoencoder,
+    autoencoder: Autoencoder | TiledAutoencoder,
     images: ImageData,
     batch_size: int,
     accelerator: Accelerator,
@@ -170,7 +186,7 @@ def _write_cache(
 
 def _write_shards(
     writer: CacheWriter,
-    autoencoder: Autoencoder,
+    autoencoder: Autoencoder | TiledAutoencoder,
     images: ImageData,
     batch_size: int,
     accelerator: Accelerator,
@@ -191,7 +207,7 @@ def _write_shards(
                     return
 
 
-def _encoder(autoencoder: Autoencoder, accelerator: Accelerator) -> Callable[[Tensor], Posterior]:
+def _encoder(autoencoder: Autoencoder | TiledAutoencoder, accelerator: Accelerator) -> Callable[[Tensor], Posterior]:
     """Return the map from images ``[B, 3, H, W]`` on the CPU to their float32 posteriors."""
     model = autoencoder.eval().requires_grad_(False).to(accelerator.device)
 

@@ -20,6 +20,7 @@ from ..common.lpips_metric import LpipsNet, PerceptualDistance
 from ..common.metric_weights import MissingWeightsError
 from ..common.reference_features import choose_images, reference_features, stoppable, uint8_batches
 from ..common.runtime import MixedPrecision, StopRequest, autocast, check_precision, environment, resolve_device
+from ..stage1_autoencoder.tiling import TiledAutoencoder, tiled
 from .loading import load_autoencoder
 from .sample_sources import RunSamples, SampleFolder, SampleSource
 
@@ -41,6 +42,7 @@ def evaluate_reconstruction(
     device: str = "auto",
     mixed_precision: MixedPrecision = "no",
     overwrite: bool = False,
+    tile: int | None = None,
 ) -> Result:
     """Measure rFID, PSNR, SSIM and LPIPS of ``ae`` on ``data``, through the posterior's mode and uint8 images.
 
@@ -62,9 +64,12 @@ def evaluate_reconstruction(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         mixed_precision: of the autoencoder; metrics are always computed in float32.
         overwrite: measure again.
+        tile: encode and decode in tiles of so many pixels (:mod:`..stage1_autoencoder.tiling`), for images that do not
+            fit in memory; the protocol records it.
 
     Raises:
-        UsageError: the image size does not suit the autoencoder, or there are fewer images than asked for.
+        UsageError: the size of the images or of ``tile`` does not suit the autoencoder, or there are fewer images than
+            asked for.
         Stopped: by SIGTERM or SIGINT; what has been extracted of the reference is kept.
     """
     begin = time.monotonic()
@@ -72,11 +77,15 @@ def evaluate_reconstruction(
     check_precision(place, mixed_precision)
     images = open_data(data, size=size, max_bad_fraction=max_bad_fraction)
     indices = choose_images(len(images), num_images, seed)
-    autoencoder = load_autoencoder(ae).to(place)
+    autoencoder = tiled(load_autoencoder(ae).to(place), tile)
     _check_divides(images.size, autoencoder.downsampling)
+    how: dict[str, Any] = {"mixed_precision": mixed_precision}
+    if isinstance(autoencoder, TiledAutoencoder):
+        print(autoencoder.describe("encode", "decode"), file=sys.stderr)
+        how["tile"] = autoencoder.tile
     protocol = {
         **_protocol(images, num_reference=len(indices), seed=seed),
-        "autoencoder": {"path": ae, "fingerprint": autoencoder.fingerprint(), "mixed_precision": mixed_precision},
+        "autoencoder": {"path": ae, "fingerprint": autoencoder.fingerprint(), **how},
         "latents": "posterior mode",
         "lpips_net": lpips_net,
     }
@@ -215,7 +224,7 @@ def _one_size(batches: Iterator[Tensor], images: ImageData) -> Iterator[Tensor]:
 
 
 def _reconstructions(
-    autoencoder: Autoencoder,
+    autoencoder: Autoencoder | TiledAutoencoder,
     images: ImageData,
     indices: Sequence[int],
     batch_size: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..common.files import sha256_file, write_atomically
 from ..common.images import save_png, to_uint8
 from ..common.runtime import MixedPrecision, StopRequest, autocast, resolve_device
 from ..stage1_autoencoder.autoencoder import Autoencoder
+from ..stage1_autoencoder.tiling import TiledAutoencoder, tiled
 from ..stage2_diffusion.generation import draw_labels, generate_latents
 from ..stage2_diffusion.model import LatentDiffusion
 from ..stage2_diffusion.samplers import SAMPLERS
@@ -38,6 +40,7 @@ def sample_images(
     device: str = "auto",
     mixed_precision: MixedPrecision = "no",
     autoencoder: str | Autoencoder | None = None,
+    tile: int | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield ``(seeds of the batch, uint8 images [B, 3, H, W])`` until every seed has had its image.
 
@@ -53,16 +56,21 @@ def sample_images(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         mixed_precision: the precision that both networks run in.
         autoencoder: the recorded autoencoder, where it is no longer at the recorded path.
+        tile: decode in tiles of so many pixels (:mod:`..stage1_autoencoder.tiling`), for images that do not fit in
+            memory.
 
     Raises:
-        UsageError: an unknown sampler, or a label that the run has no class for.
+        UsageError: an unknown sampler, a label that the run has no class for, or a tile that does not suit the
+            autoencoder.
         WavelatentError: the run has no model yet, or its autoencoder is missing or has changed.
     """
     where = resolve_device(device)
     inputs = read_inputs(run)
     model = load_diffusion(run).to(where)
     _check(model, sampler, steps, label)
-    decoder = recorded_autoencoder(inputs["autoencoder"], autoencoder).to(where)
+    decoder = tiled(recorded_autoencoder(inputs["autoencoder"], autoencoder).to(where), tile)
+    if isinstance(decoder, TiledAutoencoder):
+        print(decoder.describe("decode"), file=sys.stderr)
     for start in range(0, len(seeds), batch_size):
         batch = list(seeds[start : start + batch_size])
         with torch.inference_mode(), autocast(where, mixed_precision):
@@ -84,6 +92,7 @@ def sample(
     mixed_precision: MixedPrecision = "no",
     autoencoder: str | Autoencoder | None = None,
     overwrite: bool = False,
+    tile: int | None = None,
 ) -> dict[str, Any]:
     """Write the image of every seed as ``out/<seed, 6 digits>.png``; what is there already is kept.
 
@@ -98,7 +107,10 @@ def sample(
         Stopped: on SIGTERM or SIGINT.
     """
     begin = time.monotonic()
-    record = protocol(run, sampler=sampler, steps=steps, label=label, mixed_precision=mixed_precision)
+    record = protocol(run, sampler=sampler, steps=steps, label=label, mixed_precision=mixed_precision, tile=tile)
+    if tile is not None:  # one that does not suit is refused before the folder records it
+        autoencoder = recorded_autoencoder(read_inputs(run)["autoencoder"], autoencoder)
+        tiled(autoencoder, tile)
     _open_folder(out, record, overwrite)
     missing = [seed for seed in seeds if not _path(out, seed).exists()]
     if missing:
@@ -112,6 +124,7 @@ def sample(
             device=device,
             mixed_precision=mixed_precision,
             autoencoder=autoencoder,
+            tile=tile,
         )
         with StopRequest() as stop, tqdm(total=len(seeds), initial=len(seeds) - len(missing), desc="sample") as bar:
             for batch, images in batches:
@@ -125,7 +138,13 @@ def sample(
 
 
 def protocol(
-    run: Path, *, sampler: str, steps: int, label: int | None = None, mixed_precision: MixedPrecision = "no"
+    run: Path,
+    *,
+    sampler: str,
+    steps: int,
+    label: int | None = None,
+    mixed_precision: MixedPrecision = "no",
+    tile: int | None = None,
 ) -> dict[str, Any]:
     """Return everything that decides the image of a seed, as ``samples.json`` and ``metrics.json`` record it."""
     inputs = read_inputs(run)
@@ -142,6 +161,7 @@ def protocol(
         "ema": config["train"]["ema"],
         "label": by_seed if label is None else label,
         "mixed_precision": mixed_precision,
+        "tile": tile,
     }
 
 
