@@ -1,0 +1,146 @@
+"""Cells: the variants of one configuration times seeds, each in a folder that is named by what is computed in it.
+
+Comparisons that share a root share the cells they have in common, whatever each of them calls the variant, and a cell
+that is finished is not computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel
+
+from ..common.config import merge, validate
+from ..common.errors import Stopped, UsageError
+from ..common.run_folder import MAY_CHANGE
+from ..common.runtime import StopRequest
+
+C = TypeVar("C", bound=BaseModel)
+
+POLL_SECONDS = 2.0
+NOT_IN_RESULT = MAY_CHANGE - {"train.steps"}
+"""Settings that change when and what a run shows, and nothing that it computes: they do not name a cell."""
+
+
+@dataclass(frozen=True)
+class Cell(Generic[C]):
+    """One variant at one seed: its resolved configuration, seed included, and its folder."""
+
+    variant: str
+    seed: int
+    config: C
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.variant}, seed {self.seed} ({self.folder.name})"
+
+
+def variant_configs(base: C, variants: Mapping[str, Mapping[str, Any]]) -> dict[str, C]:
+    """Return each variant's configuration: ``base`` with the variant's changes over it.
+
+    Changes are nested mappings, or dotted keys (``train.steps: 5``), merged as a configuration file over its base.
+    Raises :class:`UsageError` naming the variant and the key.
+    """
+    plain = base.model_dump(mode="json")
+    return {
+        name: validate(type(base), merge(plain, _nested(changes)), f"variants.{name}")
+        for name, changes in variants.items()
+    }
+
+
+def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for dotted, value in changes.items():
+        for key in reversed(dotted.split(".")):
+            value = {key: value}
+        nested = merge(nested, value)
+    return nested
+
+
+def make_cells(configs: Mapping[str, C], seeds: Sequence[int], root: Path, context: Mapping[str, Any]) -> list[Cell[C]]:
+    """Return a cell per seed and variant, all variants of the first seed first.
+
+    Args:
+        configs: a configuration per variant; its ``seed`` is replaced by the cell's.
+        seeds: the seeds.
+        root: cells are folders ``<hash>-seed<seed>`` in it.
+        context: what else decides the result (fingerprints of the data, the precision), as JSON values.
+    """
+    return [
+        Cell(name, seed, config.model_copy(update={"seed": seed}), root / f"{_key(config, context)}-seed{seed}")
+        for seed in seeds
+        for name, config in configs.items()
+    ]
+
+
+def _key(config: BaseModel, context: Mapping[str, Any]) -> str:
+    """Return the hash of everything that decides a cell's result but its seed."""
+    content = config.model_dump(mode="json")
+    for dotted in ("seed", *NOT_IN_RESULT):
+        *sections, last = dotted.split(".")
+        section = content
+        for name in sections:
+            section = section.get(name, {})
+        section.pop(last, None)
+    text = json.dumps({"config": content, "context": dict(context)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def take_shard(cells: Sequence[Cell[C]], shard: tuple[int, int]) -> list[Cell[C]]:
+    """Return every ``n``-th cell from the ``i``-th on, for ``shard = (i, n)`` with ``0 <= i < n``."""
+    index, count = shard
+    if not 0 <= index < count:
+        raise UsageError(
+            f"--shard {index}/{count}: the first of {count} shards is 0/{count}, the last {count - 1}/{count}"
+        )
+    return list(cells[index::count])
+
+
+def work_through(cells: Iterable[Cell[C]], work: Callable[[Cell[C]], None], stop: StopRequest) -> None:
+    """Call ``work`` on every cell while holding the cell's lock, so that processes with the same root share the work.
+
+    A cell that another process holds is left for the end, and then waited for. Raises :class:`Stopped` when ``stop``
+    asks for it, between cells or while waiting.
+    """
+    waiting = list(cells)
+    while waiting:
+        held = []
+        for cell in waiting:
+            _check(stop)
+            with _try_lock(cell.folder) as locked:
+                if locked:
+                    work(cell)
+                else:
+                    held.append(cell)
+        if len(held) == len(waiting):
+            time.sleep(POLL_SECONDS)
+        waiting = held
+
+
+def _check(stop: StopRequest) -> None:
+    if stop.reason:
+        raise Stopped(f"stopped by {stop.reason}; finished cells are kept: run the same command again")
+
+
+@contextmanager
+def _try_lock(folder: Path):  # type: ignore[no-untyped-def]
+    """Give the block whether it holds the lock of ``folder``."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
