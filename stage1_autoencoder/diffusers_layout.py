@@ -50,7 +50,7 @@ def from_diffusers(model: Any) -> Autoencoder:
     theirs = model.state_dict()
     names = _names(autoencoder.config)
     ours = {
-        key: torch.cat([theirs[name].float().cpu() for name in _their_keys(key, names)]).reshape(value.shape)
+        key: torch.cat([theirs[name].float() for name in _their_keys(key, names)]).reshape(value.shape)
         for key, value in _weights(autoencoder).items()
     }
     autoencoder.load_state_dict(autoencoder.state_dict() | ours)
@@ -82,7 +82,7 @@ def to_diffusers(autoencoder: Autoencoder, statistics: Mapping[str, Sequence[flo
     state: dict[str, Tensor] = {}
     for key, value in _weights(autoencoder).items():
         their_keys = _their_keys(key, names)
-        for name, part in zip(their_keys, value.detach().float().cpu().chunk(len(their_keys)), strict=True):
+        for name, part in zip(their_keys, value.detach().float().chunk(len(their_keys)), strict=True):
             state[name] = part.reshape(shapes[name])
     model.load_state_dict(state)
     return model.eval()

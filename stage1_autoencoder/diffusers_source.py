@@ -115,7 +115,7 @@ def source_folder(source: str, *, weights: bool = True) -> Path:
     repository, and :class:`WavelatentError` where the hub cannot be reached.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if source and folder.is_dir():
         return folder
     parts = source.split("/")
     if not 2 <= len(parts) <= 4 or not all(re.fullmatch(r"\w[\w.-]*", part) for part in parts):
