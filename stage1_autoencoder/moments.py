@@ -5,6 +5,8 @@ With gradient accumulation, the batch is that of one micro-step.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed
 from torch import Tensor
@@ -28,11 +30,24 @@ def average_over_processes(values: Tensor) -> Tensor:
     Every process must call it. Differentiable: with gradients averaged over processes, as DistributedDataParallel does,
     what is computed from it has the gradient of the same computation on the whole batch.
     """
-    if (processes := world_size()) == 1:
-        return values
-    from torch.distributed.nn.functional import all_reduce
+    return values if world_size() == 1 else _Average.apply(values)
 
-    return all_reduce(values) / processes
+
+class _Average(torch.autograd.Function):
+    """The mean over processes; its gradient is the mean of the processes' gradients.
+
+    PyTorch's own differentiable `all_reduce` is deprecated, and what replaces it is private.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total / torch.distributed.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Average.apply(gradient)
 
 
 def global_moments(latents: Tensor, *, across_processes: bool = True) -> tuple[Tensor, Tensor]:
@@ -41,8 +56,7 @@ def global_moments(latents: Tensor, *, across_processes: bool = True) -> tuple[T
     The variance is of the population (divided by the count). Differentiable, and exact to rounding also where the mean
     is large against the spread. Every process must have the same number of images.
     """
-    mean, second = _global_moments(latents, across_processes, covariance=False)
-    return mean, second
+    return _global_moments(latents, across_processes, covariance=False)
 
 
 def global_covariance(latents: Tensor, *, across_processes: bool = True) -> tuple[Tensor, Tensor]:
