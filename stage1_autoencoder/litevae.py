@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..common.config import Config
-from ..common.nn import ResBlock
+from ..common.nn import ResBlock, fast_layout
 from .wavelets import wavelet_levels
 
 Size = Literal["s", "b", "m", "l"]
@@ -44,6 +44,8 @@ class LiteVAEConfig(Config):
     """Any discrete family of PyWavelets; the paper uses Haar."""
     num_res_blocks: int = Field(2, ge=1)
     """Residual blocks per width. The paper does not say; 2 is the only count that gives its four parameter counts."""
+    shared_extraction: bool = False
+    """One extraction net, with the same weights, for every level, where the paper has a net for each."""
     dropout: float = Field(0.0, ge=0, lt=1)
 
     @field_validator("wavelet")
@@ -97,14 +99,15 @@ class FlatUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features; height and width stay."""
-        h = self.stem(x)
+        h = self.stem(fast_layout(x))
         skips = []
         for block in self.down:
             h = block(h)
             skips.append(h)
         h = self.middle(h)
         for block in self.up:
-            h = block(torch.cat([h, skips.pop()], dim=1))
+            h = torch.cat([h, skips.pop()], dim=1)  # by its old name the narrower map would stay in memory
+            h = block(h)
         return self.out(h)
 
 
@@ -117,7 +120,8 @@ class LiteVAEEncoder(nn.Module):
         (width, multipliers), (agg_width, agg_multipliers) = SIZES[config.size]
         net = partial(FlatUNet, num_res_blocks=config.num_res_blocks, dropout=config.dropout)
         self.extract = nn.ModuleList(
-            net(BAND_CHANNELS, BAND_CHANNELS, width=width, multipliers=multipliers) for _ in range(config.levels)
+            net(BAND_CHANNELS, BAND_CHANNELS, width=width, multipliers=multipliers)
+            for _ in range(1 if config.shared_extraction else config.levels)
         )
         self.aggregate = net(BAND_CHANNELS * config.levels, out_channels, width=agg_width, multipliers=agg_multipliers)
 
@@ -126,7 +130,6 @@ class LiteVAEEncoder(nn.Module):
         levels = wavelet_levels(images, self.config.levels, self.config.wavelet)
         height, width = levels[-1].shape[-2:]
         # The paper does not name the resampling; it has no parameters (their counts leave no room), so: area averaging.
-        features = [
-            F.adaptive_avg_pool2d(net(bands), (height, width)) for net, bands in zip(self.extract, levels, strict=True)
-        ]
+        nets = [self.extract[0]] * len(levels) if self.config.shared_extraction else self.extract
+        features = [F.adaptive_avg_pool2d(net(bands), (height, width)) for net, bands in zip(nets, levels, strict=True)]
         return self.aggregate(torch.cat(features, dim=1))

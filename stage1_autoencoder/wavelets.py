@@ -7,8 +7,10 @@ Coefficients of level ``l`` come as 4 bands per image channel, in the order (LL,
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
+import pywt
 import torch
 from torch import Tensor
 
@@ -63,8 +65,11 @@ def _bands(images: Tensor, wavelet: str) -> Tensor:
         return haar_bands(images)
     import ptwt
 
+    height, width = images.shape[-2] // 2, images.shape[-1] // 2
+    # ptwt extends an image by no more than itself; for a longer filter it is repeated, which changes no coefficient.
+    length = pywt.Wavelet(wavelet).dec_len
+    images = images.repeat(1, 1, ceil(length / images.shape[-2]), ceil(length / images.shape[-1]))
     coefficients: Any = ptwt.wavedec2(images, wavelet, level=1, mode="periodic")
     low, details = coefficients
-    # On a periodic image the coefficients repeat after half its side; ptwt returns a few of the repeats as well.
-    height, width = images.shape[-2] // 2, images.shape[-1] // 2
+    # On a periodic image the coefficients repeat after half its side; ptwt returns repeats as well.
     return torch.cat([low, *details], dim=1)[..., :height, :width]

@@ -63,3 +63,20 @@ def test_it_is_float32_under_autocast_and_refuses_odd_sizes():
         torch.testing.assert_close(wavelet_levels(x.bfloat16(), 2)[1], wavelet_levels(x.bfloat16().float(), 2)[1])
     with pytest.raises(ValueError, match="divisible by 8, got 16x20"):
         wavelet_levels(x[..., :20], 3)
+
+
+def test_haar_levels_in_float32_equal_ptwts():
+    x = images()
+    low, coarsest, *_ = ptwt.wavedec2(x, "haar", level=3)
+    expected = torch.cat([low, *coarsest], dim=1) / 2**3
+    torch.testing.assert_close(wavelet_levels(x, 3, "haar")[2], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("wavelet", ["db6", "bior3.9", "db38"])
+def test_filters_longer_than_the_image_wrap_around_it(wavelet):
+    x = images()[..., :12]
+    assert pywt.Wavelet(wavelet).dec_len > 8
+    np.testing.assert_allclose(
+        2 * wavelet_levels(x, 1, wavelet)[0].numpy(), pywt_bands(x, wavelet)[:, :, :8, :6], atol=1e-5
+    )
+    assert wavelet_levels(x, 2, wavelet)[1].shape == (2, 12, 4, 3)
