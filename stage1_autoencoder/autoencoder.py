@@ -36,6 +36,16 @@ class AutoencoderConfig(Config):
     perturbations: tuple[PerturbationConfig, ...] = ()
     decoder: DecoderConfig = ConvDecoderConfig()
 
+    @model_validator(mode="after")
+    def _prefixes_fit(self) -> AutoencoderConfig:
+        for perturbation in self.perturbations:
+            if perturbation.kind == "prefix_mask" and perturbation.min_channels > self.channels:
+                raise ValueError(
+                    f"prefix_mask keeps at least {perturbation.min_channels} channels, but model.channels is "
+                    f"{self.channels}: lower min_channels"
+                )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _decoder_is_convolutional(cls, data: Any) -> Any:

@@ -266,11 +266,11 @@ class AutoencoderTrainer:
             return
         loss = self.accelerator.reduce(reconstruction, "mean")
         self.monitor.update(loss, step_in_phase, adversarial=heard)
+        self._means.add(self.monitor.metrics(self.step))
         if heard and self.adversary.config.pause is not None:
             event = self.monitor.maybe_pause(self.step + 1, self.adversary.config.pause)
             if event is not None and self.accelerator.is_main_process:
                 tqdm.write(event, file=sys.stderr)
-        self._means.add(self.monitor.metrics(self.step))
 
     def _micro_step(self, images: Tensor, clock: Clock) -> Tensor:
         """Differentiate both losses; on the last micro-step both optimisers step. Return the reconstruction loss.
