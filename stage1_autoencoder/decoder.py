@@ -66,6 +66,10 @@ class ConvDecoder(nn.Module):
 
     def __init__(self, config: ConvDecoderConfig, latent_channels: int, downsampling: int) -> None:
         super().__init__()
+        if downsampling not in MULTIPLIERS:
+            raise ValueError(
+                f"the decoder has no multipliers for downsampling {downsampling}, only {list(MULTIPLIERS)}"
+            )
         self.config = config
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if config.post_quant_conv else None
         wavelet = config.output == "wavelet"

@@ -39,6 +39,11 @@ def test_every_downsampling_gives_images(downsampling, output):
     assert images.shape == (2, 3, 3 * downsampling, 4 * downsampling)
 
 
+def test_a_downsampling_without_multipliers_is_refused():
+    with pytest.raises(ValueError, match="no multipliers for downsampling 6"):
+        decoder(6)
+
+
 def test_the_wavelet_output_has_the_encoders_scale():
     """The last convolution's bands are the ones that the wavelet transform finds in the image."""
     model = decoder(output="wavelet")

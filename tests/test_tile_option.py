@@ -21,7 +21,7 @@ from wavelatent.pipelines.train_diffusion import train_diffusion
 from wavelatent.stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
 from wavelatent.stage1_autoencoder.tiling import TiledAutoencoder
 
-DATA, SIZE = "synthetic:3", 64
+DATA, SIZE = "synthetic:3", 32
 MODEL = {
     "encoder": {"kind": "litevae", "size": "s", "levels": 2, "num_res_blocks": 1},
     "decoder": {"width": "tiny", "num_res_blocks": 1},
@@ -44,27 +44,27 @@ def ae(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def cache(ae: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cache")
-    encode(ae, DATA, path, size=SIZE, device="cpu", tile=32)
+    encode(ae, DATA, path, size=SIZE, device="cpu", tile=16)
     return path
 
 
 def test_encode_runs_in_tiles_and_records_it(ae: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((cache / "manifest.json").read_text())
-    assert manifest["autoencoder"]["tile"] == 32
+    assert manifest["autoencoder"]["tile"] == 16
     images = read_batch(open_data(DATA, size=SIZE), range(3)).images
     model = load_autoencoder(ae)
     rows = LatentCache.open(cache).read(range(3)).posterior
-    torch.testing.assert_close(rows.mean, TiledAutoencoder(model, 32).encode(images).mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rows.mean, TiledAutoencoder(model, 16).encode(images).mean, rtol=0, atol=1e-5)
     assert (rows.mean - model.encode(images).mean).abs().max() > 1e-3  # blended latents are others
-    assert encode(ae, DATA, cache, size=SIZE, device="cpu", tile=32)["already_complete"]
-    assert "tiles of 32 px: encode blended over 8 px" in capsys.readouterr().err
+    assert encode(ae, DATA, cache, size=SIZE, device="cpu", tile=16)["already_complete"]
+    assert "tiles of 16 px: encode blended over 4 px" in capsys.readouterr().err
 
 
 def test_a_finished_cache_of_other_tiles_is_refused(ae: str, cache: Path) -> None:
-    with pytest.raises(UsageError, match="finished cache with tile 32, not none"):
+    with pytest.raises(UsageError, match="finished cache with tile 16, not none"):
         encode(ae, DATA, cache, size=SIZE, device="cpu")
-    with pytest.raises(UsageError, match="finished cache with tile 32, not 16"):
-        encode(ae, DATA, cache, size=SIZE, device="cpu", tile=16)
+    with pytest.raises(UsageError, match="finished cache with tile 16, not 24"):
+        encode(ae, DATA, cache, size=SIZE, device="cpu", tile=24)
 
 
 def test_reconstruction_records_the_tile(ae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_sampling_in_tiles_is_recorded_and_not_mixed(ae: str, cache: Path, tmp_p
     options = {"sampler": "euler", "steps": 1, "device": "cpu"}
     with pytest.raises(UsageError, match="--tile 30"):
         sample(run, out, [7], tile=30, **options)
-    assert sample(run, out, [7], tile=32, **options)["tile"] == 32
+    assert sample(run, out, [7], tile=16, **options)["tile"] == 16
     with pytest.raises(UsageError, match="another tile"):
         sample(run, out, [7, 8], **options)
     (_, whole), (_, pieces) = (next(sample_images(run, [7], tile=tile, **options)) for tile in (None, 16))
