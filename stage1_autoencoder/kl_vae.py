@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..common.config import Config
-from ..common.nn import ResBlock, SelfAttention, group_norm
+from ..common.nn import ResBlock, SelfAttention, fast_layout, group_norm
 
 
 class KLEncoderConfig(Config):
@@ -79,5 +79,5 @@ class KLEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the bottleneck's input. Raises ``ValueError`` where the sides do not divide."""
         require_divisible(images, self.config.downsampling)
-        features = self.layers(images)
+        features = self.layers(fast_layout(images))
         return features if self.quant_conv is None else self.quant_conv(features)
