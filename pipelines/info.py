@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn, no_grad, randn
+from torch import randn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..common.config import load_config, read_config
 from ..common.errors import UsageError, WavelatentError
 from ..stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
 from ..stage1_autoencoder.discriminators import DISCRIMINATORS
 from ..stage2_diffusion.unet import UNet, UNetConfig
+from .costs import count_flops, count_parameters
 from .diffusion_config import DiffusionRunConfig
 from .run_config import AutoencoderRunConfig
 
@@ -96,15 +95,18 @@ def _autoencoder(config: AutoencoderRunConfig, size: int) -> dict[str, Any]:
             shape = model.latent_shape(size)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        parameters = {"encoder": _count(model.encoder) + _count(model.bottleneck), "decoder": _count(model.decoder)}
+        parameters = {
+            "encoder": count_parameters(model.encoder) + count_parameters(model.bottleneck),
+            "decoder": count_parameters(model.decoder),
+        }
         total = sum(parameters.values())
         if (adversarial := config.objective.adversarial) is not None:
-            parameters["discriminator"] = _count(
+            parameters["discriminator"] = count_parameters(
                 DISCRIMINATORS[adversarial.discriminator.kind](adversarial.discriminator)
             )
         flops = {
-            "encode": _flops(lambda: model.encode(randn(1, 3, size, size)).mode()),
-            "decode": _flops(lambda: model.decode(randn(1, *shape))),
+            "encode": count_flops(lambda: model.encode(randn(1, 3, size, size)).mode()),
+            "decode": count_flops(lambda: model.decode(randn(1, *shape))),
         }
     return {
         "kind": "autoencoder",
@@ -123,22 +125,10 @@ def _denoiser(config: DiffusionRunConfig, latent_shape: Sequence[int], num_class
             network.check_size(*latent_shape[1:])
         except ValueError as error:
             raise UsageError(str(error)) from error
-        flops = _flops(lambda: network(randn(1, *latent_shape), randn(1)))
+        flops = count_flops(lambda: network(randn(1, *latent_shape), randn(1)))
     return {
         "kind": "diffusion",
-        "parameters": {"denoiser": _count(network)},
+        "parameters": {"denoiser": count_parameters(network)},
         "latent_shape": list(latent_shape),
         "flops": {"denoise": flops},
     }
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _flops(compute: Callable[[], Tensor]) -> int:
-    """Return the floating-point operations of one call, on tensors without data."""
-    # The counter does not know every fused attention kernel; the plain one is counted as the products it is.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, no_grad():
-        compute()
-    return int(counter.get_total_flops())
