@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..common.config import Config
 from ..common.errors import UsageError, WavelatentError
-from ..common.latents import Whitening
 from .bottlenecks import LOGVAR_RANGE
 from .diffusers_source import (
     FAMILIES,
@@ -133,7 +132,7 @@ class _PretrainedHalf(nn.Module):
         super().__init__()
         self.config = config
         self.model = _build_half(config, encodes=encodes)
-        self.normalisation = _normalisation(config) if config.normalise else None
+        self.normalisation = LatentNormalisation(config) if config.normalise else None
         self.requires_grad_(config.trainable)
         for name in config.family.fixed:
             if hasattr(self.model, name):
@@ -180,16 +179,38 @@ def _build_half(config: PretrainedConfig, *, encodes: bool) -> Any:
     return model
 
 
-def _normalisation(config: PretrainedConfig) -> Whitening:
-    """Return the model's own normalisation of its latents, per channel where it states that and else of all alike."""
-    settings, channels = config.settings, config.latent_channels
-    scaling = settings.get("scaling_factor")
-    if scaling is None:
-        raise UsageError(f"{config.class_name} states no scaling factor: set normalise=false")
-    mean, std = settings.get("latents_mean"), settings.get("latents_std")
-    if mean is None or std is None:
-        mean, std = [settings.get("shift_factor") or 0.0] * channels, [1.0] * channels
-    return Whitening("channel", mean, [s / scaling for s in std])
+class LatentNormalisation(nn.Module):
+    """The model's own normalisation of its latents, ``(raw - shift) / scale``, the inverse of its decoding.
+
+    Per channel where the model states ``latents_mean`` and ``latents_std``, as diffusers' pipelines prefer them, and
+    else of all channels alike by ``shift_factor``. The constants follow from the architecture and are not saved.
+
+    Raises :class:`UsageError` where the model states no scaling factor.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        settings, channels = config.settings, config.latent_channels
+        scaling = settings.get("scaling_factor")
+        if scaling is None:
+            raise UsageError(f"{config.class_name} states no scaling factor: set normalise=false")
+        mean, std = settings.get("latents_mean"), settings.get("latents_std")
+        if mean is None or std is None:
+            mean, std = [settings.get("shift_factor") or 0.0] * channels, [1.0] * channels
+        shift, scale = torch.tensor(mean), torch.tensor(std) / scaling
+        self.register_buffer("shift", shift.float().reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("scale", scale.float().reshape(1, -1, 1, 1), persistent=False)
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Return the normalised latents ``[B, C, h, w]``."""
+        return (raw - self.shift) / self.scale
+
+    def inverse(self, latents: Tensor) -> Tensor:
+        """Return the latents as the model's decoder takes them."""
+        return latents * self.scale + self.shift
 
 
 class PretrainedEncoder(_PretrainedHalf):
@@ -256,7 +277,12 @@ class PretrainedDecoder(_PretrainedHalf):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight of the last convolution."""
+        """The weight of the last convolution. Raises :class:`UsageError` in a frozen half, which has no gradient."""
+        if not self.config.trainable:
+            raise UsageError(
+                "the adaptive weight compares gradients at the decoder's last layer, which is frozen here: "
+                "set decoder.trainable=true, or give the adversarial term a constant weight"
+            )
         convolutions = [module for module in self.model.decoder.modules() if isinstance(module, nn.Conv2d)]
         return convolutions[-1].get_parameter("weight")
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tiny_diffusers import GAUSSIAN, MODELS, diffusers_model
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wavelatent.common.errors import UsageError, WavelatentError
 from wavelatent.common.latents import Posterior
@@ -132,6 +133,8 @@ def test_a_frozen_half_stays_in_eval_and_an_encoder_builds_no_graph(folder):
     free = latents().requires_grad_()
     autoencoder.decode(free).sum().backward()  # the gradient passes through a frozen decoder to the latents
     assert free.grad is not None
+    with pytest.raises(UsageError, match=r"frozen here: set decoder\.trainable=true"):
+        _ = autoencoder.decoder.last_layer
     trainable = build(folder, trainable=True).train()
     assert all(module.training for module in trainable.modules())
     assert trainable.encoder(images()).requires_grad
@@ -149,11 +152,18 @@ def test_a_saved_model_loads_without_its_source(folder, tmp_path):
 
 
 def test_a_copy_is_independent(folder):
-    autoencoder = build(folder)
+    autoencoder = build(folder, trainable=True)
     twin = copy.deepcopy(autoencoder)
     with torch.no_grad():
         twin.decoder.last_layer.zero_()
     assert not torch.equal(twin.decode(latents()), autoencoder.decode(latents()))
+
+
+def test_half_a_model_can_be_sized_without_data(folder):
+    """As ``info`` does: nothing in building or running one may look at a value."""
+    with FakeTensorMode():
+        autoencoder = Autoencoder(resolve_pretrained(config(folder, normalise=True)))
+        assert autoencoder(torch.zeros(2, 3, 24, 32)).images.shape == (2, 3, 24, 32)
 
 
 def test_an_architecture_alone_is_random_and_deterministic_in_the_seed():
