@@ -14,6 +14,7 @@ from ..common.config import load_config, read_config
 from ..common.errors import UsageError, WavelatentError
 from ..stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
 from ..stage1_autoencoder.discriminators import DISCRIMINATORS
+from ..stage1_autoencoder.pretrained import resolve_pretrained
 from ..stage2_diffusion.unet import UNet, UNetConfig
 from .costs import count_flops, count_parameters
 from .diffusion_config import DiffusionRunConfig
@@ -91,7 +92,7 @@ def _read_inputs(run: Path) -> dict[str, Any]:
 def _autoencoder(config: AutoencoderRunConfig, size: int) -> dict[str, Any]:
     with FakeTensorMode():
         try:
-            model = Autoencoder(config.model).eval()
+            model = Autoencoder(resolve_pretrained(config.model)).eval()
             shape = model.latent_shape(size)
         except ValueError as error:
             raise UsageError(str(error)) from error

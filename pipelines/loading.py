@@ -14,7 +14,12 @@ from ..common.errors import UsageError, WavelatentError
 from ..stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
 from ..stage1_autoencoder.bottlenecks import KLConfig, PlainConfig
 from ..stage1_autoencoder.diffusers_source import load_diffusers_model, read_architecture
-from ..stage1_autoencoder.pretrained import PretrainedDecoderConfig, PretrainedEncoderConfig
+from ..stage1_autoencoder.pretrained import (
+    PretrainedDecoder,
+    PretrainedDecoderConfig,
+    PretrainedEncoder,
+    PretrainedEncoderConfig,
+)
 from ..stage2_diffusion.model import LatentDiffusion
 
 DIFFUSERS = "diffusers:"
@@ -71,6 +76,7 @@ def _load_diffusers(source: str) -> Autoencoder:
         )
     )
     for half in (autoencoder.encoder, autoencoder.decoder):
+        assert isinstance(half, PretrainedEncoder | PretrainedDecoder)
         half.take_weights(model, source)
     return autoencoder.eval().requires_grad_(False)
 

@@ -122,6 +122,13 @@ class Autoencoder(
             if isinstance(half, PretrainedEncoder | PretrainedDecoder):
                 half.load_source_weights()
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight of the decoder's last convolution. Raises :class:`UsageError` where it is frozen."""
+        weight = self.decoder.last_layer
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
     def encode(self, images: Tensor) -> Posterior:
         """Return the posterior over raw latents (deterministic where the bottleneck is)."""
         return self.bottleneck(self.encoder(images)).posterior

@@ -12,20 +12,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..common.config import Config
-from ..common.ema import EMA, EMAConfig
+from ..common.ema import EMA
 from ..common.errors import Stopped, UsageError, WavelatentError
 from ..common.images import Batch, ImageData, read_batch, save_grid, training_batches
 from ..common.run_folder import RunFolder
 from ..common.runtime import StopRequest
 from ..common.training import (
-    Beta,
     Clock,
-    LearningRateConfig,
     RunningMeans,
     batch_per_process,
     clip_gradients,
@@ -38,59 +34,15 @@ from ..common.training import (
 from ..common.training_state import TrainingState
 from .adversarial import Adversary, ReconstructionMonitor, adaptive_weight, last_layer_gradients
 from .autoencoder import Autoencoder, AutoencoderConfig, AutoencoderOutput
-from .objective import ObjectiveConfig, check_losses, reconstruction_distances, weighted_total
-from .phases import Phase, PhaseConfig, phase_at, resize, resolve_phases
+from .objective import ObjectiveConfig, reconstruction_distances, weighted_total
+from .phases import Phase, phase_at, resize
+from .train_config import AutoencoderTrainConfig, check_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SAMPLE_IMAGES = 8
 SIDES = ("real", "fake")
-
-
-class AutoencoderTrainConfig(Config):
-    """How long, how fast and how large the steps are, and how often the run writes."""
-
-    steps: int = Field(100_000, ge=1)
-    batch_size: int = Field(16, ge=1)
-    """Images per optimiser step, over all processes and accumulation steps."""
-    gradient_accumulation: int = Field(1, ge=1)
-    learning_rate: LearningRateConfig = LearningRateConfig()
-    betas: tuple[Beta, Beta] = (0.5, 0.9)
-    discriminator_learning_rate: LearningRateConfig = LearningRateConfig()
-    discriminator_betas: tuple[Beta, Beta] = (0.5, 0.9)
-    clip_norm: float = Field(1.0, gt=0)
-    """Gradients of each optimiser are clipped to this norm."""
-    phases: tuple[PhaseConfig, ...] = ()
-    """One after another, for ``steps`` steps in all; none: a single one with the settings above."""
-    flip: bool = True
-    ema: EMAConfig = EMAConfig()
-    num_workers: int = Field(0, ge=0)
-    log_every: int = Field(50, ge=1)
-    sample_every: int = Field(1000, ge=0)
-    checkpoint_every: int = Field(1000, ge=1)
-    keep: int = Field(2, ge=1)
-    """Checkpoints kept."""
-
-    @model_validator(mode="after")
-    def _phases_have_steps(self) -> AutoencoderTrainConfig:
-        self.resolved_phases()
-        return self
-
-    def resolved_phases(self) -> tuple[Phase, ...]:
-        """Return the run's phases with nothing left open; at least one."""
-        return resolve_phases(
-            self.phases,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            discriminator_learning_rate=self.discriminator_learning_rate,
-        )
-
-    def images_at(self, step: int) -> int:
-        """Return the images seen before ``step``."""
-        phase = phase_at(self.resolved_phases(), step)
-        return phase.images_before + (step - phase.start) * phase.batch_size
 
 
 class AutoencoderTrainer:
@@ -117,6 +69,8 @@ class AutoencoderTrainer:
             self.autoencoder.load_source_weights()
         self.ema = EMA(self.autoencoder, train.ema)  # copied before accelerate wraps the forward pass
         self.adversary = None if objective.adversarial is None else Adversary(objective.adversarial)
+        if self.adversary is not None and self.adversary.config.adaptive is not None:
+            _ = self.autoencoder.last_layer  # raises where it is frozen, and has no gradient to be weighed
         self.monitor = ReconstructionMonitor().to(accelerator.device)
         if self.adversary is not None:
             self.adversary.to(accelerator.device)
@@ -327,8 +281,9 @@ class AutoencoderTrainer:
         if (config := self.adversary.config.adaptive) is None:
             return 1.0
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
-        gradients = last_layer_gradients((reconstruction, adversarial), self.autoencoder.decoder.last_layer, scale)
-        weight, clamped = adaptive_weight(*self.accelerator.reduce(gradients, "mean"), config)
+        gradients = last_layer_gradients((reconstruction, adversarial), self.autoencoder.last_layer, scale)
+        of_reconstruction, of_adversarial = self.accelerator.reduce(gradients, "mean")
+        weight, clamped = adaptive_weight(of_reconstruction, of_adversarial, config)
         self._guard({"the adaptive weight of adversarial": weight}, clock)
         self._means.add({"gan/adaptive_weight": weight, "gan/adaptive_clamped": clamped})
         return weight
@@ -386,29 +341,6 @@ class AutoencoderTrainer:
         images = resize(read_batch(self.data, range(count)).images.to(self.accelerator.device), self.phase.size)
         reconstructions = self.ema.model(images).images
         save_grid(self.run.sample_path(self.step), torch.cat([images, reconstructions]).cpu(), columns=count)
-
-
-def check_settings(
-    objective: ObjectiveConfig, train: AutoencoderTrainConfig, accelerator: Accelerator, size: int
-) -> None:
-    """Raise :class:`UsageError` where settings do not go together, or do not fit images of ``size`` pixels."""
-    adversarial = objective.adversarial
-    if accelerator.mixed_precision == "fp16" and adversarial is not None:
-        if train.gradient_accumulation > 1:
-            raise UsageError(
-                "train.gradient_accumulation with an adversarial loss needs --mixed-precision bf16 or no: in fp16 the "
-                "loss scale may change between the discriminator's micro-steps"
-            )
-        if adversarial.has_gradient_penalty:
-            raise UsageError("objective.adversarial.r1_weight and r2_weight need --mixed-precision bf16 or no")
-    for phase in train.resolved_phases():
-        where = f"train.phases.{phase.index}"
-        batch_per_process(phase.batch_size, accelerator.num_processes, train.gradient_accumulation)
-        check_losses(phase.losses or (), objective, f"{where}.losses")
-        if not any(phase.has(name) for name in objective.reconstruction_weights):
-            raise UsageError(f"{where} has no reconstruction loss: give one a weight in objective, l1_weight for one")
-        if phase.size is not None and phase.size > size:
-            raise UsageError(f"{where}.size={phase.size} is larger than the data's {size} px; prepare it larger")
 
 
 def _health(output: AutoencoderOutput) -> dict[str, Tensor]:

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from wavelatent.common.config import load_config, preset_names
-from wavelatent.pipelines.loading import load_autoencoder
 from wavelatent.pipelines.run_config import AutoencoderRunConfig
-from wavelatent.stage1_autoencoder.autoencoder import ENCODERS, Autoencoder, AutoencoderConfig
-from wavelatent.stage1_autoencoder.bottlenecks import BOTTLENECKS
+from wavelatent.stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
 from wavelatent.stage1_autoencoder.decoder import ConvDecoder, ConvDecoderConfig
 from wavelatent.stage1_autoencoder.kl_vae import KLEncoder, KLEncoderConfig
 from wavelatent.stage1_autoencoder.litevae import LiteVAEConfig, LiteVAEEncoder
@@ -23,7 +21,8 @@ VARIANTS = {
 
 def build(name: str) -> Autoencoder:
     torch.manual_seed(0)
-    return Autoencoder(AutoencoderConfig.model_validate({"decoder": {"width": "tiny", "num_res_blocks": 1}, "channels": 5} | VARIANTS[name]))
+    small = {"decoder": {"width": "tiny", "num_res_blocks": 1}, "channels": 5}
+    return Autoencoder(AutoencoderConfig.model_validate(small | VARIANTS[name]))
 
 
 def images(coarseness: int = 1) -> torch.Tensor:
