@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ def ablate(
     complete = all(cell["state"] in FINAL_STATES for cell in listed)
     if dry_run or not complete:
         return {"cells": listed, "complete": complete}
-    table = make_table(config, [bench.summary(cell) for cell in cells], bench.setting())
+    runs = [bench.summary(cell) for cell in cells]
+    table = make_table(config, runs, bench.setting(runs))
     path = out / "tables" / f"{config.file_name}.json"
     write_atomically(path, json.dumps(table, indent=2, allow_nan=False) + "\n")
     write_atomically(path.with_suffix(".md"), markdown(table))
@@ -193,9 +194,10 @@ class _Bench:
             images=last.get("images", 0),
         )
 
-    def setting(self) -> dict[str, Any]:
+    def setting(self, runs: Sequence[Run]) -> dict[str, Any]:
         """Return what all cells have in common, for the table. No paths: data is named by its fingerprint."""
         data, evaluation = self.data, self.evaluation
+        protocol: dict[str, Any] = next((run.result.protocol for run in runs if run.result), {})
         return {
             "steps": self.steps,
             "images": self.num_images,
@@ -207,6 +209,8 @@ class _Bench:
                 "fingerprint": evaluation.fingerprint,
                 "lpips_net": self.config.lpips_net,
                 "features": FEATURES_NAME,
+                "weights_sha256": protocol.get("weights_sha256"),
+                "library versions": protocol.get("library versions"),
             },
             "autoencoder": self.config.autoencoder.model_dump(mode="json"),
         }

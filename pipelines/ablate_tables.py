@@ -149,7 +149,8 @@ def markdown(table: Mapping[str, Any]) -> str:
     """Return the table as Markdown: the values, the differences, the rule."""
     metrics = [name for name in COLUMNS if any(name in v["metrics"] for v in table["variants"].values())]
     parts = [f"# {table['title']}", table["question"], _setting(table), _value_table(table, metrics)]
-    parts += [f"Differences from *{table['baseline']}*, with 95 % intervals:", _difference_table(table, metrics)]
+    intervals = ", with 95 % intervals" if len(table["seeds"]) > 1 else ""
+    parts += [f"Differences from *{table['baseline']}*{intervals}:", _difference_table(table, metrics)]
     parts += [table["rule"], *(f"Note: {note}." for note in table["notes"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -121,17 +121,13 @@ def test_two_ablations_share_their_cells_and_a_finished_one_is_left_alone(tmp_pa
     assert Path(first["markdown"]).read_text() == markdown(first["table"])
     assert "5 held-out images" in markdown(first["table"])
     assert str(tmp_path) not in Path(first["json"]).read_text(), "a table names no paths of the machine"
-
-
-def test_a_measured_cell_is_not_even_opened(tmp_path, trained, monkeypatch):
-    run(config(seeds=[0]), tmp_path)
+    trained.clear()
     for path in (tmp_path / "cells").glob("*/evaluation-reconstruction/metrics.json"):
         result = Result.load(path)
         result.model_copy(update={"not_computed": {}}).save(path)
-    trained.clear()
     monkeypatch.setattr(ablate_module, "evaluate_reconstruction", lambda *_, **__: pytest.fail("measured again"))
-    assert run(config(seeds=[0]), tmp_path)["complete"]
-    assert trained == []
+    assert run(changed, tmp_path)["complete"]
+    assert trained == [], "a cell that is measured in full is not even opened"
 
 
 def test_it_goes_on_after_a_stop(tmp_path, monkeypatch):
@@ -162,16 +158,20 @@ def test_no_time_left_stops_before_the_first_cell(tmp_path):
 
 
 def test_a_dry_run_writes_nothing_and_shards_part_the_cells(tmp_path, trained):
-    listed = run(config(), tmp_path / "out", dry_run=True)
+    ablation = config(seeds=[0])
+    listed = run(ablation, tmp_path / "out", dry_run=True)
     assert not (tmp_path / "out").exists()
-    assert [cell["state"] for cell in listed["cells"]] == ["new"] * 4
-    assert "4 of 4 cells are still to be" in describe(listed)
-    half = run(config(), tmp_path / "out", shard=(0, 2))
+    assert [cell["state"] for cell in listed["cells"]] == ["new", "new"]
+    assert "2 of 2 cells are still to be" in describe(listed)
+    half = run(ablation, tmp_path / "out", shard=(0, 2))
     assert not half["complete"]
-    assert [cell["state"] for cell in half["cells"]] == ["measured", "new", "measured", "new"]
+    assert [cell["state"] for cell in half["cells"]] == ["measured", "new"]
     assert "table" not in half
-    assert run(config(), tmp_path / "out", shard=(1, 2))["complete"]
-    assert len(trained) == 4
+    assert run(ablation, tmp_path / "out", shard=(1, 2))["complete"]
+    assert len(trained) == 2
+    assert [
+        cell.seed for cell in take_shard(make_cells({"a": AutoencoderRunConfig()}, range(5), tmp_path, {}), (1, 2))
+    ] == [1, 3]
     with pytest.raises(UsageError, match="--shard 2/2"):
         take_shard([], (2, 2))
 
@@ -375,6 +375,15 @@ def test_a_table_says_what_the_numbers_say():
     assert "inside the spread |" not in text
     same = markdown(_table({"slow": [20.0, 21.0, 22.0], "fast": [20.0, 21.0, 22.0]}))
     assert "| fast | +0.00 [+0.00, +0.00] inside the spread |" in same
+
+
+def test_litevae_b_is_trained_at_128_px_and_then_at_256():
+    plain, phased = (load_config(AutoencoderRunConfig, name) for name in ("litevae-b", "litevae-b-128-256"))
+    assert [(p.size, p.start, p.steps) for p in phased.train.resolved_phases()] == [
+        (128, 0, 100_000),
+        (256, 100_000, 50_000),
+    ]
+    assert (phased.model, phased.objective) == (plain.model, plain.objective)
 
 
 @pytest.mark.parametrize("preset", [name for name in preset_names() if name.startswith("ablation-")])
