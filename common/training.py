@@ -128,6 +128,19 @@ def first_non_finite(terms: Mapping[str, Tensor]) -> str | None:
     return next((name for name, good in zip(terms, finite, strict=True) if not good), None)
 
 
+def terms_of_non_finite_gradient(terms: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> list[str]:
+    """Return the names of the terms whose own gradient is not finite, differentiating one after the other."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    blamed = []
+    for name, term in terms.items():
+        if not term.requires_grad:
+            continue
+        gradients = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None):
+            blamed.append(name)
+    return blamed
+
+
 def clip_gradients(
     accelerator: Accelerator, optimizer: Optimizer, parameters: Iterable[Tensor], max_norm: float
 ) -> Tensor:

@@ -118,3 +118,14 @@ def check_losses(names: Iterable[str], config: ObjectiveConfig, where: str) -> N
             nearest = difflib.get_close_matches(name, has_weight, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"with a weight: {', '.join(has_weight)}"
             raise UsageError(f"{where}: {name!r} is no loss that has a weight in objective; {hint}")
+
+
+def health(images: Tensor, target: Tensor, raw: Tensor) -> dict[str, Tensor]:
+    """Return what tells a healthy run: PSNR in dB, and the scale and extremes of the raw latents."""
+    mse = (images.float().clamp(-1, 1) - target).square().flatten(1).mean(dim=1)
+    return {
+        "psnr": (10 * torch.log10(4 / mse.clamp_min(1e-10))).mean(),
+        "latent/mean": raw.mean(),
+        "latent/std": raw.std(),
+        "latent/max_abs": raw.abs().max(),
+    }

@@ -8,7 +8,8 @@ otherwise be trained on. Order inside the loop: report, save, stop?, step - so t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,11 +31,18 @@ from ..common.training import (
     progress_bar,
     seed_step,
     set_learning_rate,
+    terms_of_non_finite_gradient,
 )
 from ..common.training_state import TrainingState
-from .adversarial import Adversary, ReconstructionMonitor, adaptive_weight, last_layer_gradients
+from .adversarial import (
+    Adversary,
+    DiscriminatorOutput,
+    ReconstructionMonitor,
+    adaptive_weight,
+    last_layer_gradients,
+)
 from .autoencoder import Autoencoder, AutoencoderConfig, AutoencoderOutput
-from .objective import ObjectiveConfig, reconstruction_distances, weighted_total
+from .objective import ObjectiveConfig, health, reconstruction_distances, weighted_total
 from .phases import Phase, phase_at, resize
 from .train_config import AutoencoderTrainConfig, check_settings
 
@@ -42,7 +50,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SAMPLE_IMAGES = 8
-SIDES = ("real", "fake")
 
 
 class AutoencoderTrainer:
@@ -78,6 +85,8 @@ class AutoencoderTrainer:
         self.weights = objective.reconstruction_weights | model.bottleneck.penalty_weights
         self._try_sizes()
         self._means = RunningMeans()
+        self._micro = 0
+        """Micro-steps before the present one."""
         self._prepare()
 
     @torch.no_grad()
@@ -190,7 +199,8 @@ class AutoencoderTrainer:
         heard = self._adversarial_scale() > 0
         losses = []
         for micro in range(config.gradient_accumulation):
-            seed_step(self.seed, self.accelerator.process_index, self.step * config.gradient_accumulation + micro)
+            self._micro = self.step * config.gradient_accumulation + micro
+            seed_step(self.seed, self.accelerator.process_index, self._micro)
             images = resize(next(batches).images.to(self.accelerator.device), phase.size)
             with self.accelerator.accumulate(*wrapped):
                 losses.append(self._micro_step(images, clock))
@@ -240,8 +250,10 @@ class AutoencoderTrainer:
             return reconstruction
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
-            norm = {"gradient_norm/discriminator": self._clip(self.discriminator_optimizer, self.wrapped_discriminator)}
-            self._guard_norm(norm, clock, save=False)  # the autoencoder has stepped already
+            norm = self._clip(self.discriminator_optimizer, self.wrapped_discriminator)
+            again = partial(self._discriminator_output, output.target, output.images.detach(), bare=True)
+            # Not saved: the autoencoder has stepped already.
+            self._guard_norm("discriminator", norm, clock, lambda: again().terms, save=False)
         self.discriminator_optimizer.step()
         self.discriminator_optimizer.zero_grad()
         return reconstruction
@@ -250,30 +262,38 @@ class AutoencoderTrainer:
         """Differentiate the autoencoder's loss; return its reconstruction part, detached, and the output."""
         self.wrapped_autoencoder.train()
         output = self.wrapped_autoencoder(images)
+        terms = self._generator_terms(output)
+        reconstruction = weighted_total({n: terms[n] for n in self.distances if n in terms}, self.weights)
+        self._guard(terms, clock)
+        weights: dict[str, float | Tensor] = dict(self.weights)
+        if "adversarial" in terms and self.adversary is not None:
+            factor = self._adaptive_weight(reconstruction, terms["adversarial"], clock)
+            weights["adversarial"] = self._adversarial_scale() * self.adversary.config.weight * factor
+        total = weighted_total(terms, weights)
+        self.accelerator.backward(total)
+        self._means.add({f"loss/{name}": value for name, value in terms.items()} | {"loss/total": total})
+        self._means.add(health(output.images.detach(), output.target, output.raw.detach()) | output.metrics)
+        if self.accelerator.sync_gradients:
+            norm = self._clip(self.autoencoder_optimizer, self.wrapped_autoencoder)
+            self._guard_norm("autoencoder", norm, clock, lambda: self._generator_terms_again(images))
+        return reconstruction.detach(), output
+
+    def _generator_terms(self, output: AutoencoderOutput) -> dict[str, Tensor]:
+        """Return every term of the autoencoder's loss that is on, unweighted."""
         terms = {
             name: distance(output.images, output.target).mean()
             for name, distance in self.distances.items()
             if self.phase.has(name)
         }
-        reconstruction = weighted_total(terms, self.weights)
-        weights: dict[str, float | Tensor] = dict(self.weights)
-        scale = self._adversarial_scale()
-        if scale > 0 and self.adversary is not None:
+        if self.adversary is not None and self._adversarial_scale() > 0:
             with self.accelerator.autocast():
                 terms["adversarial"] = self.adversary.generator_term(output.images, output.target)
-            weights["adversarial"] = scale * self.adversary.config.weight
-        terms |= output.penalties
-        self._guard(terms, clock)
-        if "adversarial" in terms:
-            weights["adversarial"] *= self._adaptive_weight(reconstruction, terms["adversarial"], clock)
-        total = weighted_total(terms, weights)
-        self.accelerator.backward(total)
-        self._means.add({f"loss/{name}": value for name, value in terms.items()} | {"loss/total": total})
-        self._means.add(_health(output) | output.metrics)
-        if self.accelerator.sync_gradients:
-            norm = {"gradient_norm/autoencoder": self._clip(self.autoencoder_optimizer, self.wrapped_autoencoder)}
-            self._guard_norm(norm, clock)
-        return reconstruction.detach(), output
+        return terms | output.penalties
+
+    def _generator_terms_again(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the terms of this micro-step once more, from the same noise, for a gradient of each by itself."""
+        seed_step(self.seed, self.accelerator.process_index, self._micro)
+        return self._generator_terms(self.autoencoder(images))
 
     def _adaptive_weight(self, reconstruction: Tensor, adversarial: Tensor, clock: Clock) -> float | Tensor:
         """Return the factor that balances the two terms' gradients at the decoder's last layer, or 1."""
@@ -291,11 +311,19 @@ class AutoencoderTrainer:
     def _discriminator_loss(self, real: Tensor, fake: Tensor, clock: Clock) -> Tensor:
         """Return the discriminator's loss from one forward pass on real and reconstructed images together."""
         assert self.adversary is not None
-        output = self.adversary.discriminator_terms(self.wrapped_discriminator, real, fake, self.step)
+        output = self._discriminator_output(real, fake)
         self._guard(output.terms, clock)
-        self.adversary.follow(*(self.accelerator.reduce(output.metrics[f"gan/logit_{side}"]) for side in SIDES))
+        real_mean, fake_mean = (
+            self.accelerator.reduce(output.metrics[f"gan/logit_{side}"], "mean") for side in ("real", "fake")
+        )
+        self.adversary.follow(real_mean, fake_mean)
         self._means.add({f"loss/{name}": value for name, value in output.terms.items()} | output.metrics)
         return weighted_total(output.terms, output.weights)
+
+    def _discriminator_output(self, real: Tensor, fake: Tensor, *, bare: bool = False) -> DiscriminatorOutput:
+        assert self.adversary is not None
+        network = self.adversary.network if bare else self.wrapped_discriminator
+        return self.adversary.discriminator_terms(network, real, fake, self.step)
 
     def _clip(self, optimizer: torch.optim.Optimizer, wrapped: nn.Module) -> Tensor:
         return clip_gradients(self.accelerator, optimizer, wrapped.parameters(), self.config.clip_norm)
@@ -316,10 +344,22 @@ class AutoencoderTrainer:
             "start again (--overwrite, or another --out) with a lower learning rate or a lower weight of that term"
         )
 
-    def _guard_norm(self, norm: dict[str, Tensor], clock: Clock, *, save: bool = True) -> None:
-        self._means.add(norm)
-        if self.accelerator.mixed_precision != "fp16":  # there the scaler skips a step whose gradients overflow
-            self._guard(norm, clock, save=save)
+    def _guard_norm(
+        self, name: str, norm: Tensor, clock: Clock, terms: Callable[[], Mapping[str, Tensor]], *, save: bool = True
+    ) -> None:
+        """Log a network's gradient norm; where it is not finite, find the terms to blame and stop.
+
+        In fp16 the scaler skips a step whose gradients overflow, and nothing has to be done.
+        """
+        self._means.add({f"gradient_norm/{name}": norm})
+        if self.accelerator.mixed_precision == "fp16":
+            return
+        what = f"gradient_norm/{name}"
+        if first_non_finite({what: norm}) is not None:
+            module = self.autoencoder if name == "autoencoder" else self.wrapped_discriminator
+            if blamed := terms_of_non_finite_gradient(terms(), module.parameters()):
+                what = f"the gradient of {' and '.join(blamed)} ({what})"
+        self._guard({what: norm}, clock, save=save)
 
     def _report(self, clock: Clock) -> dict[str, str]:
         """Log the means since the last report and the status; return what the progress bar shows."""
@@ -341,15 +381,3 @@ class AutoencoderTrainer:
         images = resize(read_batch(self.data, range(count)).images.to(self.accelerator.device), self.phase.size)
         reconstructions = self.ema.model(images).images
         save_grid(self.run.sample_path(self.step), torch.cat([images, reconstructions]).cpu(), columns=count)
-
-
-def _health(output: AutoencoderOutput) -> dict[str, Tensor]:
-    """Return what tells a healthy run: PSNR in dB, and the scale and extremes of the raw latents."""
-    images, target, raw = output.images.detach(), output.target, output.raw.detach()
-    mse = (images.float().clamp(-1, 1) - target).square().flatten(1).mean(dim=1)
-    return {
-        "psnr": (10 * torch.log10(4 / mse.clamp_min(1e-10))).mean(),
-        "latent/mean": raw.mean(),
-        "latent/std": raw.std(),
-        "latent/max_abs": raw.abs().max(),
-    }

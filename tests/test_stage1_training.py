@@ -105,9 +105,32 @@ def test_a_discriminator_gradient_that_is_not_finite_stops_the_run_too(tmp_path,
         return loss + (loss - loss).clamp_min(0).sqrt()
 
     monkeypatch.setitem(GAN_LOSSES, "hinge", replace(hinge, discriminator=explode))
-    with pytest.raises(WavelatentError, match="gradient_norm/discriminator is not finite at step 2: the newest check"):
+    with pytest.raises(
+        WavelatentError,
+        match=r"the gradient of discriminator \(gradient_norm/discriminator\) is not finite at step 2: the newest",
+    ):
         train_autoencoder(config(), data=data, out=tmp_path / "run", options=CPU)
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+    monkeypatch.undo()
+    train_autoencoder(config(), data=data, out=tmp_path / "run", options=CPU)
+    train_autoencoder(config(), data=data, out=tmp_path / "whole", options=CPU)
+    assert_equal(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
+
+
+def test_a_gradient_of_the_autoencoder_that_is_not_finite_names_the_term(tmp_path, data, monkeypatch):
+    """The loss itself is finite: d sqrt(x) / dx at 0 is not."""
+    hinge = GAN_LOSSES["hinge"]
+
+    def explode(fake, real):
+        loss = hinge.generator(fake, real)
+        return loss + (loss - loss).clamp_min(0).sqrt()
+
+    monkeypatch.setitem(GAN_LOSSES, "hinge", replace(hinge, generator=explode))
+    with pytest.raises(
+        WavelatentError, match=r"the gradient of adversarial \(gradient_norm/autoencoder\) is not finite"
+    ):
+        train_autoencoder(config(), data=data, out=tmp_path / "run", options=CPU)
+    assert (tmp_path / "run/checkpoints/checkpoint-2").is_dir()  # the state before that step
     monkeypatch.undo()
     train_autoencoder(config(), data=data, out=tmp_path / "run", options=CPU)
     train_autoencoder(config(), data=data, out=tmp_path / "whole", options=CPU)
