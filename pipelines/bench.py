@@ -87,7 +87,7 @@ def bench_autoencoder(
     where = resolve_device(device)
     batch = batch_size or (CPU_BATCH if where.type == "cpu" else GPU_BATCH)
     names = [PEER, *(name for name in dict.fromkeys(models or MODELS) if name != PEER)]
-    load = _load_average()
+    about, load = environment(), _load_average()  # as it begins
     rows: list[dict[str, Any]] = []
     for direction in DIRECTIONS:
         measured_as = _measured_as(names, direction)
@@ -99,7 +99,7 @@ def bench_autoencoder(
             rows += [
                 _row(name, measured_as[name], direction, precision, batch, seconds, costs, peaks) for name in names
             ]
-    result = {"rows": rows, **compare(rows), "protocol": _protocol(size, batch, where, repeats, load)}
+    result = {"rows": rows, **compare(rows), "protocol": _protocol(about, size, batch, where, repeats, load)}
     if out is not None:
         write_atomically(out, json.dumps(result, indent=1) + "\n")
     return result
@@ -272,8 +272,9 @@ def _digits(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _protocol(size: int, batch_size: int, device: torch.device, rounds: int, load: float | None) -> dict[str, Any]:
-    about = environment()
+def _protocol(
+    about: Mapping[str, Any], size: int, batch_size: int, device: torch.device, rounds: int, load: float | None
+) -> dict[str, Any]:
     return {
         "peer": PEER,
         "method": METHOD,
