@@ -75,9 +75,10 @@ def assert_same_training(one: tuple[list[dict], States, States], two: tuple[list
     """
     (log_one, start_one, end_one), (log_two, start_two, end_two) = one, two
     assert [line["images"] for line in log_one] == [line["images"] for line in log_two] == [4, 8, 12]
-    compared = [name for name in log_one[0] if name.startswith(("loss/", "gradient_norm"))]
-    assert len(compared) > 1
     for line_one, line_two, tolerance in zip(log_one, log_two, (2e-4, 1e-2, 1e-2), strict=True):
+        assert line_one.keys() == line_two.keys()
+        compared = [name for name in line_one if name.startswith(("loss/", "gradient_norm"))]
+        assert len(compared) > 1
         for name in compared:
             assert line_two[name] == pytest.approx(line_one[name], rel=tolerance, abs=1e-6), name
     assert distance(start_one, start_two) == 0
@@ -101,6 +102,22 @@ def test_stage_one(tmp_path: Path) -> None:
     # The bottleneck's are statistics of the global batch, not of each process's part.
     names = {"loss/latent_mean", "loss/latent_variance", "loss/discriminator", "gradient_norm/discriminator"}
     assert names <= runs[0][0][0].keys()
+
+
+def test_stage_one_with_adaptive_weight_gradient_penalties_lecam_and_phases(tmp_path: Path) -> None:
+    game = (
+        "objective.adversarial={start: 0, loss: relativistic, adaptive: {}, r1_weight: 1, r2_weight: 1, "
+        "lecam: {weight: 0.1}, discriminator: {kind: patchgan, width: 8, layers: 2}}"
+    )
+    phases = "train.phases=[{steps: 2, size: 16}, {losses: [l1, adversarial]}]"
+    command = [*TRAIN_AE, game, phases, "objective.high_pass.weight=1", "--max-steps", 3]
+    runs = [train(tmp_path / name, launcher, *command) for name, launcher in (("1", []), ("2", TWO))]
+    assert_same_training(*runs)
+    log = runs[0][0]
+    assert {"loss/r1", "loss/r2", "loss/lecam", "gan/adaptive_weight", "loss/high_pass"} <= log[1].keys()
+    assert "loss/high_pass" not in log[2]  # the second phase has it off
+    for one, two in zip(*(log for log, _, _ in runs), strict=True):
+        assert two["gan/adaptive_weight"] == pytest.approx(one["gan/adaptive_weight"], rel=0.02)
 
 
 def test_stage_two_also_where_it_is_resumed(tmp_path: Path) -> None:
