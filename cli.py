@@ -342,16 +342,18 @@ def _shard(text: str) -> tuple[int, int]:
 @MINUTES
 @BATCH
 @DEVICE
-@click.option("--seed", type=int, default=None, expose_value=False, hidden=True)  # the config's seeds decide
+@click.option("--seed", type=int, default=None, help="This one only, over the config's seeds.")
 @JSON
-def ablate(config: str, overrides: tuple[str, ...], shard: str, out: Path, as_json: bool, **arguments: Any) -> None:
+def ablate(
+    config: str, overrides: tuple[str, ...], shard: str, out: Path, seed: int | None, as_json: bool, **arguments: Any
+) -> None:
     """Train variants x seeds of stage 1 under one recipe (a preset ablation-* or a YAML file) and tabulate them."""
     from wavelatent.common.config import load_config
     from wavelatent.pipelines.ablate import ablate as run
     from wavelatent.pipelines.ablate import describe
     from wavelatent.pipelines.ablate_config import AblationConfig
 
-    ablation = load_config(AblationConfig, config, overrides)
+    ablation = load_config(AblationConfig, config, [*overrides, *([] if seed is None else [f"seeds=[{seed}]"])])
     arguments["overwrite"] = False
     options = _runtime(arguments)
     result = run(ablation, out=out, options=options, shard=_shard(shard), **_given(arguments))
@@ -381,20 +383,23 @@ def bench() -> None:
 @bench.command("autoencoder")
 @click.option("--size", type=click.IntRange(min=32), default=None, help="Side of the images in pixels (256).")
 @click.option("--model", "models", multiple=True, help="Only this one; may be given again. All by default.")
-@click.option("--precision", "precisions", multiple=True, type=click.Choice(["fp32", "bf16"]), help="Both by default.")
+@click.option(
+    "--mixed-precision", "precision", type=click.Choice(["no", "bf16"]), default=None, help="One only; both by default."
+)
 @click.option("--repeats", type=click.IntRange(min=1), default=None, help="Rounds over all models.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for the JSON.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=None, help="File for the JSON.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--mixed-precision", default=None, expose_value=False, hidden=True)  # --precision says which
 @BATCH
 @NO_SEED
 @JSON
-def bench_autoencoder(as_json: bool, **arguments: Any) -> None:
+def bench_autoencoder(precision: str | None, as_json: bool, **arguments: Any) -> None:
     """Measure encoding and decoding, speed and memory, beside diffusers' AutoencoderKL, in one run."""
     from wavelatent.pipelines.bench import bench_autoencoder as run
     from wavelatent.pipelines.bench import describe
 
     given = {name: value for name, value in _given(arguments).items() if value != ()}
+    if precision is not None:
+        given["precisions"] = ["fp32" if precision == "no" else precision]
     result = run(**given)
     _emit(result, as_json, describe(result))
 

@@ -222,7 +222,10 @@ def _explain(model: type[BaseModel], data: Any, error: Any, source: str, set_by:
     if error["type"] == "missing":
         return f"{where}: {dotted}: is required"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {dotted or 'config'}: {message}, got {error['input']!r}" if path else f"{where}: {message}"
+    if not path:
+        return f"{where}: {message}"
+    given = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"  # a whole section says nothing
+    return f"{where}: {dotted}: {message}{given}"
 
 
 def _data_path(data: Any, loc: tuple[int | str, ...]) -> tuple[str, ...]:
@@ -234,6 +237,8 @@ def _data_path(data: Any, loc: tuple[int | str, ...]) -> tuple[str, ...]:
             continue  # a union's tag
         if isinstance(data, dict) and last and part not in data and data.get("kind") == part:
             continue
+        if not isinstance(data, dict | list):
+            break  # below a value there are only the names of the types that it might have had
         path.append(str(part))
         if isinstance(data, dict):
             data = data.get(part)

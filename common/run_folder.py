@@ -1,7 +1,7 @@
 """The run folder: the contract of a training run with users and other programs.
 
-``config.yaml``, ``environment.json``, ``inputs.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``,
-``samples/``, ``model/`` and ``status.json``.
+``config.yaml``, ``environment.json``, ``inputs.json``, ``metrics.jsonl``, ``events.jsonl`` (where there are any),
+``tensorboard/``, ``checkpoints/``, ``samples/``, ``model/`` and ``status.json``.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ CONTENTS = (
     "inputs.json",
     "environment.json",
     "metrics.jsonl",
+    "events.jsonl",
     "status.json",
     "checkpoints",
     "evaluation-generation",
@@ -110,7 +111,9 @@ class RunFolder:
         write_json(self.path / "inputs.json", self.identity)
         write_atomically(self.path / "config.yaml", dump_yaml(self.config))
         self._record_environment()
-        self._cut_metrics(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        for log in ("metrics.jsonl", "events.jsonl"):
+            self._cut_log(self.path / log, step)
 
     def __enter__(self) -> RunFolder:
         return self
@@ -166,9 +169,8 @@ class RunFolder:
             now = {**first, "resumed": [*first.get("resumed", []), now]}
         write_json(file, now)
 
-    def _cut_metrics(self, step: int) -> None:
-        """Drop logged steps after ``step``: they will be run, and logged, again."""
-        file = self.path / "metrics.jsonl"
+    def _cut_log(self, file: Path, step: int) -> None:
+        """Drop what was logged of steps after ``step``: they will be run, and logged, again."""
         if file.exists():
             lines = [line for line in file.read_text(encoding="utf-8").splitlines() if _is_up_to(line, step)]
             write_atomically(file, "".join(line + "\n" for line in lines))
@@ -205,6 +207,12 @@ class RunFolder:
             self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def log_event(self, step: int, event: str, message: str) -> None:
+        """Append what happened at ``step`` to ``events.jsonl``: the event's name, and a line for people."""
+        if self.is_main:
+            with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "event": event, "message": message}) + "\n")
 
     def sample_path(self, step: int) -> Path:
         """Return where the sample grid of ``step`` belongs."""

@@ -9,6 +9,7 @@ the same command in several processes, which take turns at the cells, or give ea
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ from .run_config import AutoencoderRunConfig
 from .train_autoencoder import train_autoencoder
 
 AutoencoderCell = Cell[AutoencoderRunConfig]
+CELL_FORMAT = 1
+"""To be raised where the same configuration comes to train otherwise than before: older cells are not taken then."""
 FINAL_STATES = {"measured", "failed"}
 
 
@@ -72,6 +75,8 @@ def ablate(
         Stopped: by ``max_minutes``, SIGTERM or SIGINT; the same command goes on from there.
     """
     options = options or RuntimeOptions()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("ablate trains a cell in one process: start it several times instead, with the same --out")
     images = open_data(data)
     bench = _Bench(config, images, EvaluationData(eval_data, config.num_images), options, batch_size)
     cells = bench.cells(out / "cells")
@@ -87,7 +92,7 @@ def ablate(
     if dry_run or not complete:
         return {"cells": listed, "complete": complete}
     runs = [bench.summary(cell) for cell in cells]
-    table = make_table(config, runs, bench.setting(runs))
+    table = make_table(config, runs, bench.setting(cells, runs))
     path = out / "tables" / f"{config.file_name}.json"
     write_atomically(path, json.dumps(table, indent=2, allow_nan=False) + "\n")
     write_atomically(path.with_suffix(".md"), markdown(table))
@@ -132,6 +137,7 @@ class _Bench:
         self.config, self.data, self.evaluation = config, data, evaluation
         self.options, self.batch_size = options, batch_size
         self.configs = variant_configs(config.autoencoder, config.variants)
+        _all_different(self.configs)
         trains = {name: variant.train for name, variant in self.configs.items()}
         self.steps = _equal("steps", {name: train.steps for name, train in trains.items()})
         self.num_images = _equal("images", {name: train.images_at(train.steps) for name, train in trains.items()})
@@ -144,7 +150,11 @@ class _Bench:
 
     def cells(self, root: Path) -> list[AutoencoderCell]:
         """Return every cell of the ablation."""
-        context = {"data": self.data.fingerprint(), "mixed_precision": self.options.mixed_precision}
+        context = {
+            "format": CELL_FORMAT,
+            "data": self.data.fingerprint(),
+            "mixed_precision": self.options.mixed_precision,
+        }
         return make_cells(self.configs, self.config.seeds, root, context)
 
     def work(self, cell: AutoencoderCell, number: str) -> None:
@@ -194,7 +204,7 @@ class _Bench:
             images=last.get("images", 0),
         )
 
-    def setting(self, runs: Sequence[Run]) -> dict[str, Any]:
+    def setting(self, cells: Sequence[AutoencoderCell], runs: Sequence[Run]) -> dict[str, Any]:
         """Return what all cells have in common, for the table. No paths: data is named by its fingerprint."""
         data, evaluation = self.data, self.evaluation
         protocol: dict[str, Any] = next((run.result.protocol for run in runs if run.result), {})
@@ -211,8 +221,10 @@ class _Bench:
                 "features": FEATURES_NAME,
                 "weights_sha256": protocol.get("weights_sha256"),
                 "library versions": protocol.get("library versions"),
+                "are_training_images": evaluation.fingerprint == data.fingerprint(),
             },
             "autoencoder": self.config.autoencoder.model_dump(mode="json"),
+            "git_commits": sorted({commit for cell in cells if (commit := _commit(cell))}),
         }
 
     def _result(self, cell: AutoencoderCell) -> Result | None:
@@ -226,6 +238,20 @@ class _Bench:
         if result is None or any(result.protocol.get(name) != value for name, value in wanted.items()):
             return None
         return result
+
+
+def _all_different(configs: Mapping[str, AutoencoderRunConfig]) -> None:
+    """Raise :class:`UsageError` where two variants are the same, and a comparison would be of a cell with itself."""
+    names = list(configs)
+    for index, name in enumerate(names):
+        for other in names[:index]:
+            if configs[name] == configs[other]:
+                raise UsageError(f"variants: {other!r} and {name!r} come to the same configuration")
+
+
+def _commit(cell: AutoencoderCell) -> str | None:
+    """Return the commit that the cell was first trained at, where it was trained in a checkout."""
+    return _read_json(cell.folder / "environment.json").get("git_commit")
 
 
 def _equal(what: str, by_variant: Mapping[str, int]) -> int:

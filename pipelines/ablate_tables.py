@@ -158,10 +158,11 @@ def markdown(table: Mapping[str, Any]) -> str:
 def _setting(table: Mapping[str, Any]) -> str:
     setting = table["setting"]
     train, evaluation = setting["train"], setting["evaluation"]
+    which = "training" if evaluation["are_training_images"] else "held-out"
     return (
         f"{setting['steps']:,} steps of {setting['images']:,} images in all, from {train['count']:,} of "
         f"{train['size']} px; seeds {', '.join(map(str, table['seeds']))}; {_precision(setting['mixed_precision'])}. "
-        f"rFID between the reconstructions of {evaluation['num_images']:,} held-out images and the images "
+        f"rFID between the reconstructions of {evaluation['num_images']:,} {which} images and the images "
         f"themselves; LPIPS with {evaluation['lpips_net']}."
     )
 
@@ -171,7 +172,7 @@ def _precision(mixed_precision: str) -> str:
 
 
 def _value_table(table: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    rows = [["variant", *(COLUMNS[name].heading for name in metrics), "training (s)", "steps"]]
+    rows = [["variant", *(COLUMNS[name].heading for name in metrics), "wall time (s)", "steps"]]
     for name, variant in table["variants"].items():
         cells = [_figure(variant["metrics"].get(metric), COLUMNS[metric].digits) for metric in metrics]
         steps = ", ".join(dict.fromkeys(f"{run['steps']:,}" for run in variant["runs"] if not run["failed"]))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..common.errors import UsageError
 from ..common.images import ImageData
 from ..common.run_folder import RunFolder
 from ..common.runtime import RuntimeOptions, StopRequest, accelerated
+from ..stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
+from ..stage1_autoencoder.diffusers_layout import from_diffusers
+from ..stage1_autoencoder.kl_vae import KLEncoderConfig
 from ..stage1_autoencoder.pretrained import resolve_pretrained
 from ..stage1_autoencoder.trainer import AutoencoderTrainer
+from .loading import DIFFUSERS, load_autoencoder
 from .run_config import AutoencoderRunConfig
 
 if TYPE_CHECKING:
@@ -24,24 +30,49 @@ def train_autoencoder(config: AutoencoderRunConfig, *, data: ImageData, out: Pat
     SIGTERM, SIGINT or ``max_minutes``, and :class:`WavelatentError` when a loss is no longer finite; all is saved then.
     """
     config = config.model_copy(update={"model": resolve_pretrained(config.model)})
+    initial = None if config.init is None else _initial(config.init, config.model)
     with (
         StopRequest(options.max_minutes) as stop,
         accelerated(options, config.train.gradient_accumulation) as accelerator,
     ):
-        identity = {
+        identity: dict[str, Any] = {
             "kind": "autoencoder",
             "data": {"spec": data.spec, "fingerprint": data.fingerprint(), "transform": data.transform},
         }
+        if initial is not None:
+            identity["init"] = {"spec": config.init, "fingerprint": initial.fingerprint()}
         main = accelerator.is_main_process
         with RunFolder(out, config, identity, overwrite=options.overwrite, is_main=main) as run:
             if run.finished(config.train.steps):
                 return False
-            _trainer(config, data, run, accelerator).train(stop)
+            _trainer(config, initial, data, run, accelerator).train(stop)
     return True
 
 
+def _initial(spec: str, model: AutoencoderConfig) -> Autoencoder:
+    """Return the autoencoder to start from; a KL autoencoder of ours takes the weights of a diffusers one."""
+    if spec.startswith(DIFFUSERS) and isinstance(model.encoder, KLEncoderConfig):
+        autoencoder = from_diffusers(spec.removeprefix(DIFFUSERS))
+    else:
+        autoencoder = load_autoencoder(spec)
+    weights, wanted = autoencoder.state_dict(), _shapes(model)
+    if differing := sorted(
+        {n for n, v in weights.items() if wanted.get(n) != v.shape} | {n for n in wanted if n not in weights}
+    ):
+        raise UsageError(
+            f"init={spec} is not of this model's architecture: {len(differing)} of its weights differ, "
+            f"{differing[0]} among them; compare model with its config.json"
+        )
+    return autoencoder
+
+
+def _shapes(model: AutoencoderConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: value.shape for name, value in Autoencoder(model).state_dict().items()}
+
+
 def _trainer(
-    config: AutoencoderRunConfig, data: ImageData, run: RunFolder, accelerator: Accelerator
+    config: AutoencoderRunConfig, initial: Autoencoder | None, data: ImageData, run: RunFolder, accelerator: Accelerator
 ) -> AutoencoderTrainer:
     try:
         return AutoencoderTrainer(
@@ -52,6 +83,7 @@ def _trainer(
             seed=config.seed,
             run=run,
             accelerator=accelerator,
+            initial=None if initial is None else initial.state_dict(),
         )
     except (ValueError, RuntimeError) as error:  # what a library says of a size or an option that cannot be
         raise UsageError(f"this model cannot take images of {data.size} px: {' '.join(str(error).split())}") from error

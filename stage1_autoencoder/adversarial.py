@@ -18,13 +18,28 @@ from .diffaugment import Policy, diff_augment
 from .discriminators import DISCRIMINATORS, DiscriminatorConfig, UNetDiscriminatorConfig
 from .gan_losses import GAN_LOSSES, LeCam, gradient_penalty
 
-StepOrFraction = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
+StepOrFraction = Annotated[int, Field(ge=0, strict=True)] | Annotated[float, Field(ge=0, lt=1)]
 """A number of steps, or (with a decimal point) a share of all of the run's steps."""
 
 
 def as_step(value: int | float, steps: int) -> int:
     """Return ``value`` in steps, of a run of ``steps``."""
     return value if isinstance(value, int) else round(value * steps)
+
+
+class Timing(NamedTuple):
+    """When the discriminator begins to learn, how long it learns alone, and how long its term rises, in steps."""
+
+    start: int
+    warmup: int
+    ramp: int
+
+    def scale(self, step: int) -> float:
+        """Return the share of its weight, in [0, 1], that the autoencoder's term has at ``step``."""
+        first = self.start + self.warmup
+        if step < first:
+            return 0.0
+        return min(1.0, (step - first + 1) / self.ramp) if self.ramp else 1.0
 
 
 class AdaptiveWeightConfig(Config):
@@ -40,7 +55,7 @@ class LeCamConfig(Config):
 
     weight: float = Field(0.001, gt=0)
     decay: float = Field(0.99, ge=0, lt=1)
-    """Of the moving averages, per step."""
+    """Of the moving averages, per step; with gradient accumulation, per micro-step."""
 
 
 class PauseConfig(Config):
@@ -70,7 +85,10 @@ class AdversarialConfig(Config):
     ramp: StepOrFraction = 0
     """Steps, after the warm-up, in which the weight rises linearly to its value."""
     r1_weight: float = Field(0.0, ge=0)
-    """Of the discriminator's gradient penalty on real images (half the squared norm; the usual gamma)."""
+    """Of the discriminator's gradient penalty on real images: half the squared norm, as under the name gamma in papers.
+    But D(x) is the mean over sites and maps here, so the right size differs by orders of magnitude between
+    discriminators; hinge and logistic losses are halved here, and a published gamma is to be halved with them. The
+    gradient is with respect to what the discriminator sees, after ``augment``."""
     r2_weight: float = Field(0.0, ge=0)
     """The same on reconstructions."""
     penalty_every: int = Field(1, ge=1)
@@ -85,17 +103,9 @@ class AdversarialConfig(Config):
         """Whether the discriminator's loss needs a second differentiation."""
         return self.r1_weight > 0 or self.r2_weight > 0
 
-    def on(self, step: int, steps: int) -> bool:
-        """Return whether the discriminator learns at ``step`` of ``steps``."""
-        return step >= as_step(self.start, steps)
-
-    def scale(self, step: int, steps: int) -> float:
-        """Return the share of its weight, in [0, 1], that the generator's term has at ``step`` of ``steps``."""
-        first = as_step(self.start, steps) + as_step(self.warmup, steps)
-        if step < first:
-            return 0.0
-        ramp = as_step(self.ramp, steps)
-        return min(1.0, (step - first + 1) / ramp) if ramp else 1.0
+    def timing(self, steps: int) -> Timing:
+        """Return when things begin, in steps, in a run of ``steps``."""
+        return Timing(as_step(self.start, steps), as_step(self.warmup, steps), as_step(self.ramp, steps))
 
 
 class DiscriminatorOutput(NamedTuple):
@@ -127,11 +137,6 @@ class Adversary:
         """Move everything to ``device``."""
         for module in self.modules().values():
             module.to(device)
-
-    def follow(self, real_mean: Tensor, fake_mean: Tensor) -> None:
-        """Take the mean logits of a step, over all processes, into LeCam's moving averages."""
-        if self.lecam is not None:
-            self.lecam.update(real_mean, fake_mean)
 
     def generator_term(self, fake: Tensor, real: Tensor) -> Tensor:
         """Return the autoencoder's scalar term from ``[B, 3, H, W]`` each; it leaves no gradient in the network."""
@@ -205,19 +210,17 @@ def _panel(real: Sequence[Tensor], fake: Sequence[Tensor], paired: bool) -> dict
     }
 
 
-def last_layer_gradients(terms: Sequence[Tensor], last_layer: Tensor, scale: float) -> Tensor:
-    """Return the gradient of each scalar term with respect to ``last_layer``, float32 ``[len(terms), numel]``.
-
-    ``scale`` is the factor under which float16 gradients do not underflow; it is divided out again.
-    """
-    gradients = [torch.autograd.grad(term * scale, last_layer, retain_graph=True)[0] for term in terms]
-    return torch.stack([g.float().flatten() for g in gradients]) / scale
+def last_layer_gradients(terms: Sequence[Tensor], last_layer: Tensor) -> Tensor:
+    """Return the gradient of each scalar term with respect to ``last_layer``, float32 ``[len(terms), numel]``."""
+    gradients = [torch.autograd.grad(term, last_layer, retain_graph=True)[0] for term in terms]
+    return torch.stack([gradient.float().flatten() for gradient in gradients])
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, config: AdaptiveWeightConfig) -> tuple[Tensor, Tensor]:
     """Return the weight ``|g_rec| / (|g_adv| + epsilon)``, at most ``max``, and whether it was clamped (0 or 1).
 
-    Both arguments are gradients with respect to the decoder's last layer, of the whole global batch, in float32.
+    Both arguments are gradients with respect to the decoder's last layer, over all processes, in float32; with gradient
+    accumulation they, and so the weight, are those of one micro-step.
     """
     weight = reconstruction.norm() / (adversarial.norm() + config.epsilon)
     return weight.clamp(max=config.max), (weight > config.max).float()
@@ -226,8 +229,11 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, config: Adaptiv
 class ReconstructionMonitor(nn.Module):
     """Follows the smoothed reconstruction loss of a run, and pauses the adversarial term where it worsens too much.
 
-    All of its state is in buffers, so that a resumed run goes on with it. The loss is smoothed with a half-life of
-    about ``1 / (1 - DECAY)`` steps and corrected for its start.
+    It also remembers when the discriminator began to learn, and its timing from there on: what is a share of all steps
+    must not move when a run that has passed it is given more of them.
+
+    All of its state is in buffers, so that a resumed run goes on with it. The loss is smoothed over about
+    ``1 / (1 - DECAY)`` steps and corrected for its start.
     """
 
     DECAY = 0.98
@@ -238,15 +244,16 @@ class ReconstructionMonitor(nn.Module):
     weight: Tensor
     best: Tensor
     before: Tensor
+    heard: Tensor
+    begun: Tensor
     paused_until: Tensor
-    pauses: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         for name, value in {"average": 0.0, "weight": 0.0, "best": torch.inf, "before": torch.nan}.items():
             self.register_buffer(name, torch.tensor(value))
-        for name in ("paused_until", "pauses"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        for name, number in {"heard": 0, "begun": [-1, 0, 0], "paused_until": 0}.items():
+            self.register_buffer(name, torch.tensor(number))
 
     @property
     def smoothed(self) -> Tensor:
@@ -259,14 +266,26 @@ class ReconstructionMonitor(nn.Module):
         self.weight.zero_()
         self.best.fill_(torch.inf)
         self.before.fill_(torch.nan)
+        self.heard.zero_()
+
+    def timing(self, config: AdversarialConfig, steps: int) -> Timing:
+        """Return the timing of a run of ``steps``, or the one that it began with."""
+        begun = Timing(*self.begun.tolist())
+        return config.timing(steps) if begun.start < 0 else begun
+
+    def note_start(self, step: int, config: AdversarialConfig, steps: int) -> None:
+        """Remember that the discriminator learns from ``step`` on, of ``steps``; later calls change nothing."""
+        if self.begun[0] < 0:
+            self.begun.copy_(torch.tensor(config.timing(steps)._replace(start=step)))
 
     @torch.no_grad()
     def update(self, loss: Tensor, step_in_phase: int, *, adversarial: bool) -> None:
         """Take in the loss of one step; ``adversarial``: whether the autoencoder is hearing the discriminator."""
-        if adversarial and self.before.isnan():
-            self.before.copy_(self.smoothed)
         self.average.mul_(self.DECAY).add_(loss, alpha=1 - self.DECAY)
         self.weight.mul_(self.DECAY).add_(1 - self.DECAY)
+        self.heard.fill_(int(self.heard) or int(adversarial))
+        if not int(self.heard):
+            self.before.copy_(self.smoothed)
         if step_in_phase >= self.SETTLING:
             self.best.copy_(torch.minimum(self.best, self.smoothed))
 
@@ -280,17 +299,15 @@ class ReconstructionMonitor(nn.Module):
         if self.paused(step) or ratio <= config.factor:
             return None
         self.paused_until.fill_(step + config.steps)
-        self.pauses.add_(1)
         return (
             f"step {step}: the reconstruction loss is {ratio:.2f} times its best; "
             f"the adversarial term pauses for {config.steps} steps"
         )
 
     def metrics(self, step: int) -> dict[str, Tensor]:
-        """Return the panel: the smoothed loss before and after the start, and the pauses so far."""
+        """Return the panel: the smoothed loss before and after the start, and whether the term is paused."""
         return {
             **({} if self.before.isnan() else {"gan/reconstruction_before": self.before.clone()}),
             "gan/reconstruction": self.smoothed,
             "gan/paused": torch.tensor(float(self.paused(step))),
-            "gan/pauses": self.pauses.float(),
         }

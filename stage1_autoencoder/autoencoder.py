@@ -37,6 +37,13 @@ class AutoencoderConfig(Config):
     decoder: DecoderConfig = ConvDecoderConfig()
 
     @model_validator(mode="after")
+    def _normalised_both_or_neither(self) -> AutoencoderConfig:
+        encoder, decoder = self.encoder, self.decoder
+        if encoder.kind == decoder.kind == "pretrained" and encoder.normalise != decoder.normalise:
+            raise ValueError("set normalise of both the pretrained encoder and the pretrained decoder, or of neither")
+        return self
+
+    @model_validator(mode="after")
     def _prefixes_fit(self) -> AutoencoderConfig:
         for perturbation in self.perturbations:
             if perturbation.kind == "prefix_mask" and perturbation.min_channels > self.channels:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..common.config import Config
 from ..common.torchvision_import import ensure_torchvision
+from .edge_padding import next_multiple, pad_edges
 from .wavelets import haar_bands
 
 
@@ -61,12 +62,12 @@ def wavelet_charbonnier(images: Tensor, target: Tensor, epsilon: float, levels: 
 
     ``mean over levels l of mean over bands, channels and sites sqrt(d_l^2 + epsilon^2)``, where ``d_l`` are LH, HL and
     HH of level ``l`` of ``images - target``, orthonormal coefficients divided by ``2^l`` as in the encoder. Equal
-    images give ``epsilon``, not 0. The mean over levels, which counts each level alike, is ours.
-
-    Raises:
-        ValueError: the sides do not divide by ``2^levels``.
+    images give ``epsilon``, not 0. The mean over levels, which counts each level alike, is ours. Where sides do not
+    divide by ``2^levels``, the border pixels of the difference are repeated outwards until they do, and count.
     """
-    low = _difference(images, target)
+    difference = _difference(images, target)
+    height, width = (next_multiple(side, 2**levels) for side in difference.shape[-2:])
+    low = pad_edges(difference, height, width)
     penalties = []
     for _ in range(levels):
         low, *high = (haar_bands(low) / 2).chunk(4, dim=1)

@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import Tensor
 
 from ..common.config import Config
-from ..common.errors import UsageError
 from ..common.lpips_metric import PerceptualDistance
 from .adversarial import AdversarialConfig
 from .losses import (
@@ -111,13 +110,13 @@ def weighted_total(terms: Mapping[str, Tensor], weights: Mapping[str, float | Te
 
 
 def check_losses(names: Iterable[str], config: ObjectiveConfig, where: str) -> None:
-    """Raise :class:`UsageError` for a name that is no term of the objective, or one that has no weight in it."""
+    """Raise ``ValueError`` for a name that is no term of the objective, or one that has no weight in it."""
     has_weight = [*config.reconstruction_weights, *(["adversarial"] if config.adversarial else [])]
     for name in names:
         if name not in has_weight:
             nearest = difflib.get_close_matches(name, has_weight, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"with a weight: {', '.join(has_weight)}"
-            raise UsageError(f"{where}: {name!r} is no loss that has a weight in objective; {hint}")
+            raise ValueError(f"{where}: {name!r} is no loss that has a weight in objective; {hint}")
 
 
 def health(images: Tensor, target: Tensor, raw: Tensor) -> dict[str, Tensor]:

@@ -26,11 +26,25 @@ class PhaseConfig(Config):
     """Side of its images in pixels: those of the data set, made smaller on the fly; by default the data set's own."""
     batch_size: int | None = Field(None, ge=1)
     learning_rate: LearningRateConfig | None = None
-    """Over the phase's own steps: its warm-up starts, and its decay ends, with the phase."""
+    """Over the phase's own steps: its warm-up starts, and its decay ends, with the phase. Without one, the run's
+    schedule goes on over all steps, as if there were no phases."""
     discriminator_learning_rate: LearningRateConfig | None = None
     losses: tuple[str, ...] | None = None
     """The reconstruction terms and ``adversarial`` that are on, by their names in the log; all by default. A term needs
     its weight in ``objective`` too. The bottleneck's penalties are always on."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning rate over ``steps`` steps that begin with step ``start``."""
+
+    rate: LearningRateConfig
+    start: int
+    steps: int
+
+    def at(self, step: int) -> float:
+        """Return the learning rate of ``step``, counted from the beginning of the run."""
+        return self.rate.at(step - self.start, self.steps)
 
 
 @dataclass(frozen=True)
@@ -44,8 +58,8 @@ class Phase:
     """Images seen in the phases before it."""
     size: int | None
     batch_size: int
-    learning_rate: LearningRateConfig
-    discriminator_learning_rate: LearningRateConfig
+    learning_rate: Schedule
+    discriminator_learning_rate: Schedule
     losses: frozenset[str] | None
 
     def has(self, loss: str) -> bool:
@@ -67,15 +81,20 @@ def resolve_phases(
 ) -> tuple[Phase, ...]:
     """Return the phases of a run of ``steps`` steps, or the one that a run without phases is.
 
-    A run that is shorter than its phases ends inside one of them; a longer one goes on in the last. Raises
+    A run that is shorter than its phases ends inside one of them; in a longer one the last is longer. Raises
     ``ValueError`` where a phase other than the last does not say how long it is.
     """
     resolved: list[Phase] = []
     start = images = 0
+
+    def schedule(own: LearningRateConfig | None, of_run: LearningRateConfig) -> Schedule:
+        return Schedule(of_run, 0, steps) if own is None else Schedule(own, start, length)
+
     for index, phase in enumerate(phases or (PhaseConfig(),)):
-        if phase.steps is None and index < len(phases) - 1:
+        is_last = index >= len(phases) - 1
+        if phase.steps is None and not is_last:
             raise ValueError(f"train.phases.{index} needs steps: only the last phase may go on to the end")
-        length = phase.steps or max(1, steps - start)
+        length = max(1, phase.steps or 0, steps - start if is_last else 0)
         batch = phase.batch_size or batch_size
         resolved.append(
             Phase(
@@ -85,8 +104,8 @@ def resolve_phases(
                 images_before=images,
                 size=phase.size,
                 batch_size=batch,
-                learning_rate=phase.learning_rate or learning_rate,
-                discriminator_learning_rate=phase.discriminator_learning_rate or discriminator_learning_rate,
+                learning_rate=schedule(phase.learning_rate, learning_rate),
+                discriminator_learning_rate=schedule(phase.discriminator_learning_rate, discriminator_learning_rate),
                 losses=None if phase.losses is None else frozenset(phase.losses),
             )
         )

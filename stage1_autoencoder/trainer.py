@@ -7,8 +7,9 @@ otherwise be trained on. Order inside the loop: report, save, stop?, step - so t
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..common.ema import EMA
-from ..common.errors import Stopped, UsageError, WavelatentError
+from ..common.errors import Stopped, UsageError
 from ..common.images import Batch, ImageData, read_batch, save_grid, training_batches
 from ..common.run_folder import RunFolder
 from ..common.runtime import StopRequest
@@ -27,16 +28,13 @@ from ..common.training import (
     batch_per_process,
     clip_gradients,
     due,
-    first_non_finite,
     progress_bar,
     seed_step,
     set_learning_rate,
-    terms_of_non_finite_gradient,
 )
 from ..common.training_state import TrainingState
 from .adversarial import (
     Adversary,
-    DiscriminatorOutput,
     ReconstructionMonitor,
     adaptive_weight,
     last_layer_gradients,
@@ -44,6 +42,7 @@ from .adversarial import (
 from .autoencoder import Autoencoder, AutoencoderConfig, AutoencoderOutput
 from .objective import ObjectiveConfig, health, reconstruction_distances, weighted_total
 from .phases import Phase, phase_at, resize
+from .step_guard import StepGuard
 from .train_config import AutoencoderTrainConfig, check_settings
 
 if TYPE_CHECKING:
@@ -53,7 +52,10 @@ SAMPLE_IMAGES = 8
 
 
 class AutoencoderTrainer:
-    """Holds the state of one run and advances it; :meth:`train` is the loop."""
+    """Holds the state of one run and advances it; :meth:`train` is the loop.
+
+    ``initial`` is the state of an autoencoder that a new run starts from; a resumed one goes on from its checkpoint.
+    """
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class AutoencoderTrainer:
         seed: int,
         run: RunFolder,
         accelerator: Accelerator,
+        initial: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.objective, self.config, self.data, self.seed = objective, train, data, seed
         self.run, self.accelerator = run, accelerator
@@ -74,11 +77,13 @@ class AutoencoderTrainer:
         self.autoencoder = Autoencoder(model).to(accelerator.device)
         if run.checkpoint is None:
             self.autoencoder.load_source_weights()
+            if initial is not None:
+                self.autoencoder.load_state_dict(initial)
         self.ema = EMA(self.autoencoder, train.ema)  # copied before accelerate wraps the forward pass
         self.adversary = None if objective.adversarial is None else Adversary(objective.adversarial)
         if self.adversary is not None and self.adversary.config.adaptive is not None:
             _ = self.autoencoder.last_layer  # raises where it is frozen, and has no gradient to be weighed
-        self.monitor = ReconstructionMonitor().to(accelerator.device)
+        self.monitor = ReconstructionMonitor()  # stays on the CPU: what it says decides what is done
         if self.adversary is not None:
             self.adversary.to(accelerator.device)
         self.distances = reconstruction_distances(objective, accelerator.device)
@@ -92,17 +97,22 @@ class AutoencoderTrainer:
     @torch.no_grad()
     def _try_sizes(self) -> None:
         """Run an image of every size through every network, so that one that does not fit fails before any writing."""
-        factor = min([getattr(p, "min_scale", 1.0) for p in self.autoencoder.config.perturbations], default=1.0)
+        factor = math.prod(getattr(p, "min_scale", 1.0) for p in self.autoencoder.config.perturbations)
+        f = self.autoencoder.downsampling
         for size in {phase.size or self.data.size for phase in self.phases}:
             self.autoencoder.latent_shape(size)
             image = torch.zeros(1, 3, size, size, device=self.accelerator.device)
             self.ema.model(image)
-            smallest = image[..., : int(size * factor), : int(size * factor)]
+            side = f * math.ceil(size // f * factor)  # the smallest that scale equivariance may draw
+            smallest = image[..., :side, :side]
             for name, distance in self.distances.items():
                 try:
                     distance(smallest, smallest)
                 except ValueError as error:
-                    raise UsageError(f"{error}: set objective.{name}.weight=0, or take larger images") from error
+                    raise UsageError(
+                        f"{error}: set objective.{name}.weight=0, take larger images, or raise the min_scale of a "
+                        "scale_equivariance"
+                    ) from error
             if self.adversary is not None:
                 self.adversary.network.eval()(image)  # eval: spectral norm's power iteration stays as it was
                 self.adversary.network.train()
@@ -120,6 +130,8 @@ class AutoencoderTrainer:
             optimizers["discriminator_optimizer"] = self._adam(self.adversary.network, self.config.discriminator_betas)
         self.state = TrainingState(self.run, self.accelerator, self.config, modules, optimizers, shown=self.ema.model)
         self.state.restore()
+        networks = [self.autoencoder, *({} if self.adversary is None else self.adversary.modules()).values()]
+        self.guard = StepGuard(self.state, networks)
         prepare = self.accelerator.prepare
         self.wrapped_autoencoder = prepare(self.autoencoder)
         self.autoencoder_optimizer = prepare(optimizers["autoencoder_optimizer"])
@@ -149,6 +161,11 @@ class AutoencoderTrainer:
         config = self.config
         clock = self.state.begin()
         batches, phase = self._batches(), self.phase
+        for later in self.phases:
+            if later.start >= config.steps:
+                self._say(
+                    f"train.phases.{later.index} begins with step {later.start}: {config.steps} steps end before it"
+                )
         with progress_bar("train-ae", self.step, config.steps, is_main=self.accelerator.is_main_process) as bar:
             while True:
                 done = self.step >= config.steps
@@ -190,13 +207,16 @@ class AutoencoderTrainer:
         if step_in_phase == 0:
             self.monitor.begin_phase()
         self.autoencoder.perturbations.progress = self.step / config.steps
-        set_learning_rate(self.autoencoder_optimizer, phase.learning_rate.at(step_in_phase, phase.steps))
+        set_learning_rate(self.autoencoder_optimizer, phase.learning_rate.at(self.step))
         wrapped = [self.wrapped_autoencoder]
         if self.adversary is not None:
             wrapped.append(self.wrapped_discriminator)
-            rate = phase.discriminator_learning_rate.at(step_in_phase, phase.steps)
+            rate = phase.discriminator_learning_rate.at(self.step)
             set_learning_rate(self.discriminator_optimizer, rate)
+        if self._adversarial_on and self.adversary is not None:
+            self.monitor.note_start(self.step, self.adversary.config, config.steps)
         heard = self._adversarial_scale() > 0
+        self.guard.remember()
         losses = []
         for micro in range(config.gradient_accumulation):
             self._micro = self.step * config.gradient_accumulation + micro
@@ -214,48 +234,53 @@ class AutoencoderTrainer:
             return 0.0
         if self.adversary.config.pause is not None and self.monitor.paused(self.step):
             return 0.0
-        return self.adversary.config.scale(self.step, self.config.steps)
+        return self.monitor.timing(self.adversary.config, self.config.steps).scale(self.step)
 
     @property
     def _adversarial_on(self) -> bool:
-        return (
-            self.adversary is not None
-            and self.phase.has("adversarial")
-            and self.adversary.config.on(self.step, self.config.steps)
-        )
+        """Whether the discriminator learns at this step."""
+        if self.adversary is None or not self.phase.has("adversarial"):
+            return False
+        return self.step >= self.monitor.timing(self.adversary.config, self.config.steps).start
 
     def _watch(self, reconstruction: Tensor, step_in_phase: int, *, heard: bool) -> None:
         """Follow the reconstruction loss of the global batch, and pause the adversarial term where it worsens."""
         if self.adversary is None:
             return
         loss = self.accelerator.reduce(reconstruction, "mean")
-        self.monitor.update(loss, step_in_phase, adversarial=heard)
+        self.monitor.update(loss.cpu(), step_in_phase, adversarial=heard)
         self._means.add(self.monitor.metrics(self.step))
         if heard and self.adversary.config.pause is not None:
             event = self.monitor.maybe_pause(self.step + 1, self.adversary.config.pause)
-            if event is not None and self.accelerator.is_main_process:
-                tqdm.write(event, file=sys.stderr)
+            if event is not None:
+                self._say(event)
+                self.run.log_event(self.step + 1, "adversarial_paused", event)
+
+    def _say(self, text: str) -> None:
+        """Print a line beside the progress bar, once for all processes."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text, file=sys.stderr)
 
     def _micro_step(self, images: Tensor, clock: Clock) -> Tensor:
         """Differentiate both losses; on the last micro-step both optimisers step. Return the reconstruction loss.
 
-        The discriminator's loss is looked at before the autoencoder steps, so that what is saved where it is not finite
-        is the state before the step.
+        Both are differentiated and looked at before either steps, so that what is saved where one is not finite is the
+        state before the step. In fp16, where a step that overflows is skipped instead, and where the scaler may be used
+        for one optimiser at a time only, the autoencoder steps first.
         """
         reconstruction, output = self._generator_backward(images, clock)
-        loss = self._discriminator_loss(output.target, output.images.detach(), clock) if self._adversarial_on else None
-        self.autoencoder_optimizer.step()
-        self.autoencoder_optimizer.zero_grad()
-        if loss is None:
-            return reconstruction
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients:
-            norm = self._clip(self.discriminator_optimizer, self.wrapped_discriminator)
-            again = partial(self._discriminator_output, output.target, output.images.detach(), bare=True)
-            # Not saved: the autoencoder has stepped already.
-            self._guard_norm("discriminator", norm, clock, lambda: again().terms, save=False)
-        self.discriminator_optimizer.step()
-        self.discriminator_optimizer.zero_grad()
+        real, fake, loss = output.target, output.images.detach(), None
+        if self._adversarial_on:
+            loss = self._discriminator_loss(self.wrapped_discriminator, real, fake, clock)
+        step_first = self.accelerator.mixed_precision == "fp16"
+        if step_first:
+            _advance(self.autoencoder_optimizer)
+        if loss is not None:
+            self._discriminator_backward(loss, real, fake, clock)
+        if not step_first:
+            _advance(self.autoencoder_optimizer)
+        if loss is not None:
+            _advance(self.discriminator_optimizer)
         return reconstruction
 
     def _generator_backward(self, images: Tensor, clock: Clock) -> tuple[Tensor, AutoencoderOutput]:
@@ -264,7 +289,7 @@ class AutoencoderTrainer:
         output = self.wrapped_autoencoder(images)
         terms = self._generator_terms(output)
         reconstruction = weighted_total({n: terms[n] for n in self.distances if n in terms}, self.weights)
-        self._guard(terms, clock)
+        self.guard.check(terms, clock)
         weights: dict[str, float | Tensor] = dict(self.weights)
         if "adversarial" in terms and self.adversary is not None:
             factor = self._adaptive_weight(reconstruction, terms["adversarial"], clock)
@@ -274,8 +299,9 @@ class AutoencoderTrainer:
         self._means.add({f"loss/{name}": value for name, value in terms.items()} | {"loss/total": total})
         self._means.add(health(output.images.detach(), output.target, output.raw.detach()) | output.metrics)
         if self.accelerator.sync_gradients:
-            norm = self._clip(self.autoencoder_optimizer, self.wrapped_autoencoder)
-            self._guard_norm("autoencoder", norm, clock, lambda: self._generator_terms_again(images))
+            norm = self._clip("autoencoder", self.autoencoder_optimizer, self.autoencoder, self.config.clip_norm)
+            again = partial(self._generator_terms_again, images)
+            self.guard.check_gradient("autoencoder", norm, self.autoencoder.parameters(), clock, again)
         return reconstruction.detach(), output
 
     def _generator_terms(self, output: AutoencoderOutput) -> dict[str, Tensor]:
@@ -300,66 +326,46 @@ class AutoencoderTrainer:
         assert self.adversary is not None
         if (config := self.adversary.config.adaptive) is None:
             return 1.0
-        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
-        gradients = last_layer_gradients((reconstruction, adversarial), self.autoencoder.last_layer, scale)
+        gradients = last_layer_gradients((reconstruction, adversarial), self.autoencoder.last_layer)
         of_reconstruction, of_adversarial = self.accelerator.reduce(gradients, "mean")
         weight, clamped = adaptive_weight(of_reconstruction, of_adversarial, config)
-        self._guard({"the adaptive weight of adversarial": weight}, clock)
+        self.guard.check({"the adaptive weight of adversarial": weight}, clock)
         self._means.add({"gan/adaptive_weight": weight, "gan/adaptive_clamped": clamped})
         return weight
 
-    def _discriminator_loss(self, real: Tensor, fake: Tensor, clock: Clock) -> Tensor:
+    def _discriminator_loss(self, network: nn.Module, real: Tensor, fake: Tensor, clock: Clock) -> Tensor:
         """Return the discriminator's loss from one forward pass on real and reconstructed images together."""
         assert self.adversary is not None
-        output = self._discriminator_output(real, fake)
-        self._guard(output.terms, clock)
-        real_mean, fake_mean = (
-            self.accelerator.reduce(output.metrics[f"gan/logit_{side}"], "mean") for side in ("real", "fake")
-        )
-        self.adversary.follow(real_mean, fake_mean)
+        output = self.adversary.discriminator_terms(network, real, fake, self.step)
+        self.guard.check(output.terms, clock)
+        if self.adversary.lecam is not None:
+            means = torch.stack([output.metrics["gan/logit_real"], output.metrics["gan/logit_fake"]])
+            self.adversary.lecam.update(*self.accelerator.reduce(means, "mean"))
         self._means.add({f"loss/{name}": value for name, value in output.terms.items()} | output.metrics)
         return weighted_total(output.terms, output.weights)
 
-    def _discriminator_output(self, real: Tensor, fake: Tensor, *, bare: bool = False) -> DiscriminatorOutput:
+    def _discriminator_backward(self, loss: Tensor, real: Tensor, fake: Tensor, clock: Clock) -> None:
+        """Differentiate the discriminator's loss."""
         assert self.adversary is not None
-        network = self.adversary.network if bare else self.wrapped_discriminator
-        return self.adversary.discriminator_terms(network, real, fake, self.step)
-
-    def _clip(self, optimizer: torch.optim.Optimizer, wrapped: nn.Module) -> Tensor:
-        return clip_gradients(self.accelerator, optimizer, wrapped.parameters(), self.config.clip_norm)
-
-    def _guard(self, terms: dict[str, Tensor], clock: Clock, *, save: bool = True) -> None:
-        """Stop where a term of any process is not finite, naming it; with ``save``, the state before the step is kept.
-
-        Without it, in the middle of a step, the run is left as its newest checkpoint has it.
-        """
-        bad = self.state.agree_on_bad(first_non_finite(terms))
-        if bad is None:
+        self.accelerator.backward(loss)
+        if not self.accelerator.sync_gradients:
             return
-        if save:
-            self.state.save(clock, "failed")
-        kept = "the state before that step is saved" if save else "the newest checkpoint is kept"
-        raise WavelatentError(
-            f"{bad} is not finite at step {self.step}: {kept} in {self.run.path}; "
-            "start again (--overwrite, or another --out) with a lower learning rate or a lower weight of that term"
-        )
+        # A clipped penalty is no penalty: its gradient is far above the game's, the lazy one's many times over.
+        limit = math.inf if self.adversary.config.has_gradient_penalty else self.config.clip_norm
+        network = self.adversary.network
+        norm = self._clip("discriminator", self.discriminator_optimizer, network, limit)
 
-    def _guard_norm(
-        self, name: str, norm: Tensor, clock: Clock, terms: Callable[[], Mapping[str, Tensor]], *, save: bool = True
-    ) -> None:
-        """Log a network's gradient norm; where it is not finite, find the terms to blame and stop.
+        def again() -> dict[str, Tensor]:
+            assert self.adversary is not None
+            return self.adversary.discriminator_terms(network, real, fake, self.step).terms
 
-        In fp16 the scaler skips a step whose gradients overflow, and nothing has to be done.
-        """
-        self._means.add({f"gradient_norm/{name}": norm})
-        if self.accelerator.mixed_precision == "fp16":
-            return
-        what = f"gradient_norm/{name}"
-        if first_non_finite({what: norm}) is not None:
-            module = self.autoencoder if name == "autoencoder" else self.wrapped_discriminator
-            if blamed := terms_of_non_finite_gradient(terms(), module.parameters()):
-                what = f"the gradient of {' and '.join(blamed)} ({what})"
-        self._guard({what: norm}, clock, save=save)
+        self.guard.check_gradient("discriminator", norm, network.parameters(), clock, again)
+
+    def _clip(self, network: str, optimizer: torch.optim.Optimizer, module: nn.Module, max_norm: float) -> Tensor:
+        """Clip a network's gradient; log and return its norm before that."""
+        norm = clip_gradients(self.accelerator, optimizer, module.parameters(), max_norm)
+        self._means.add({f"gradient_norm/{network}": norm})
+        return norm
 
     def _report(self, clock: Clock) -> dict[str, str]:
         """Log the means since the last report and the status; return what the progress bar shows."""
@@ -367,7 +373,7 @@ class AutoencoderTrainer:
         config = self.config
         if values:
             phase = phase_at(self.phases, max(0, self.step - 1))
-            values["learning_rate"] = phase.learning_rate.at(max(0, self.step - 1 - phase.start), phase.steps)
+            values["learning_rate"] = phase.learning_rate.at(max(0, self.step - 1))
             self.run.log(self.step, self.state.images_seen, clock.seconds, values)
         self.run.set_status("running", self.step, config.steps, clock.eta(self.step, config.steps))
         return {name.removeprefix("loss/"): f"{values[name]:.3g}" for name in values if name.startswith("loss/")}
@@ -381,3 +387,8 @@ class AutoencoderTrainer:
         images = resize(read_batch(self.data, range(count)).images.to(self.accelerator.device), self.phase.size)
         reconstructions = self.ema.model(images).images
         save_grid(self.run.sample_path(self.step), torch.cat([images, reconstructions]).cpu(), columns=count)
+
+
+def _advance(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+    optimizer.zero_grad()

@@ -58,10 +58,9 @@ def settings(**changes) -> AdversarialConfig:
 
 def test_start_warmup_and_ramp_in_steps_and_fractions():
     game = settings(start=0.25, warmup=2, ramp=0.2)  # of 20 steps: 5, 2 and 4
-    assert [game.on(step, 20) for step in (4, 5)] == [False, True]
-    assert [game.scale(step, 20) for step in range(5, 13)] == [0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
-    at_once = settings(start=3)
-    assert [(at_once.on(step, 20), at_once.scale(step, 20)) for step in (2, 3)] == [(False, 0), (True, 1)]
+    assert game.timing(20) == (5, 2, 4)
+    assert [game.timing(20).scale(step) for step in range(4, 13)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert [settings(start=3).timing(20).scale(step) for step in (2, 3)] == [0, 1]
     with pytest.raises(ValueError, match="start"):
         settings(start=1.5)  # neither a number of steps nor a share
 
@@ -80,7 +79,7 @@ def test_the_schedule_is_what_a_run_does(tmp_path, data):
 def test_the_adaptive_weight_is_the_ratio_of_the_gradients_at_the_last_layer():
     last = torch.tensor([[1.0, -2.0, 0.5]], requires_grad=True)
     one, other = last * torch.tensor([[3.0, 0.0, 4.0]]), last * torch.tensor([[0.0, 0.1, 0.0]])
-    gradients = last_layer_gradients((one.sum(), other.sum()), last, scale=128.0)
+    gradients = last_layer_gradients((one.sum(), other.sum()), last)
     torch.testing.assert_close(gradients, torch.tensor([[3.0, 0.0, 4.0], [0.0, 0.1, 0.0]]))
     weight, clamped = adaptive_weight(*gradients, AdaptiveWeightConfig(epsilon=0.1))
     assert (weight.item(), clamped.item()) == (pytest.approx(5 / 0.2), 0)
@@ -152,10 +151,29 @@ def test_the_monitor_pauses_where_the_loss_is_too_far_above_its_best():
     assert "step 131: the reconstruction loss is 1.50 times its best" in events[0][1]
     assert (monitor.paused(165), monitor.paused(166)) == (True, False)
     assert monitor.before.item() == pytest.approx(2.0)
-    assert monitor.metrics(161)["gan/pauses"].item() == 5
     monitor.begin_phase()  # another resolution: what was the best says nothing any more
     monitor.update(torch.tensor(9.0), 0, adversarial=True)
     assert monitor.maybe_pause(170, rule) is None
+
+
+def test_the_loss_before_is_that_without_the_term_in_every_phase():
+    monitor = ReconstructionMonitor()
+    monitor.begin_phase()
+    monitor.update(torch.tensor(5.0), 0, adversarial=True)
+    assert "gan/reconstruction_before" not in monitor.metrics(0)  # there was nothing before
+    monitor.begin_phase()
+    for step, (loss, adversarial) in enumerate([(3.0, False), (3.0, False), (9.0, True), (9.0, False)]):
+        monitor.update(torch.tensor(loss), step, adversarial=adversarial)
+    assert monitor.metrics(3)["gan/reconstruction_before"].item() == pytest.approx(3.0)
+
+
+def test_a_start_that_is_a_share_does_not_move_once_it_is_passed(tmp_path, data):
+    """Of 4 steps the discriminator starts with step 1 and is heard from step 2 on; of 12 it would be 3 and 6."""
+    for steps in (4, 12):
+        train_autoencoder(config(steps, start=0.25, warmup=0.25), data=data, out=tmp_path / "run", options=CPU)
+    lines = log_of(tmp_path / "run")
+    assert ["loss/discriminator" in line for line in lines] == [False] + [True] * 11
+    assert ["loss/adversarial" in line for line in lines] == [False] * 2 + [True] * 10
 
 
 def test_a_run_pauses_says_so_and_resumes_inside_the_pause(tmp_path, data, monkeypatch, capsys):
@@ -178,7 +196,8 @@ def test_a_run_pauses_says_so_and_resumes_inside_the_pause(tmp_path, data, monke
         lines = log_of(tmp_path / run)
         assert ["loss/adversarial" in line for line in lines] == [True, True, True, False, False, True, True]
         assert [line["gan/paused"] for line in lines] == [0, 0, 0, 1, 1, 0, 0]
-        assert [line["gan/pauses"] for line in lines] == [0, 0, 0, 1, 1, 1, 1]
+        (event,) = [json.loads(line) for line in (tmp_path / run / "events.jsonl").read_text().splitlines()]
+        assert (event["step"], event["event"]) == (3, "adversarial_paused")
         assert all("loss/discriminator" in line for line in lines)  # it goes on learning
     whole, parts = (load_autoencoder(tmp_path / run).state_dict() for run in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
@@ -208,6 +227,6 @@ def test_what_does_not_go_together_is_refused(data):
     class Half:
         mixed_precision, num_processes = "fp16", 1
 
-    penalised = config(r1_weight=1.0)
-    with pytest.raises(UsageError, match="r1_weight and r2_weight need --mixed-precision bf16"):
-        check_settings(penalised.objective, penalised.train, Half(), 32)
+    for penalised in (config(r1_weight=1.0), config(adaptive={})):
+        with pytest.raises(UsageError, match="r1_weight, r2_weight and adaptive need --mixed-precision bf16"):
+            check_settings(penalised.objective, penalised.train, Half(), 32)

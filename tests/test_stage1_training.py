@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from wavelatent.common.config import Config
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
@@ -107,7 +108,7 @@ def test_a_discriminator_gradient_that_is_not_finite_stops_the_run_too(tmp_path,
     monkeypatch.setitem(GAN_LOSSES, "hinge", replace(hinge, discriminator=explode))
     with pytest.raises(
         WavelatentError,
-        match=r"the gradient of discriminator \(gradient_norm/discriminator\) is not finite at step 2: the newest",
+        match=r"gradient of discriminator \(gradient_norm/discriminator\) is not finite at step 2: the state before",
     ):
         train_autoencoder(config(), data=data, out=tmp_path / "run", options=CPU)
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
@@ -264,3 +265,21 @@ def test_the_gradient_of_lpips_alone_reaches_the_whole_autoencoder(perceptual_di
     assert distance.shape == (1,)
     distance.mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in autoencoder.parameters())
+
+
+def test_what_is_saved_when_a_step_fails_is_the_state_before_it_also_of_running_statistics(tmp_path, data, monkeypatch):
+    """The forward pass of the failing step has already been into the batch norm when its loss is looked at."""
+    settings = config(model__bottleneck={"kind": "batchnorm"})
+    train_autoencoder(
+        config(model__bottleneck={"kind": "batchnorm"}, train__steps=2), data=data, out=tmp_path / "run", options=CPU
+    )
+    before = load_file(tmp_path / "run/checkpoints/checkpoint-2/autoencoder.safetensors")
+    hinge = GAN_LOSSES["hinge"]
+    monkeypatch.setitem(
+        GAN_LOSSES, "hinge", replace(hinge, generator=lambda fake, real: hinge.generator(fake, real) * math.nan)
+    )
+    with pytest.raises(WavelatentError, match="adversarial is not finite at step 2"):
+        train_autoencoder(settings, data=data, out=tmp_path / "run", options=CPU)
+    after = load_file(tmp_path / "run/checkpoints/checkpoint-2/autoencoder.safetensors")
+    assert any("running" in name for name in before)
+    assert_equal(before, after)
