@@ -206,6 +206,7 @@ def test_a_training_that_diverges_is_named_and_the_others_go_on(tmp_path, monkey
         ({"variants": {"a": {}, "b": {"model": {"bottleneck": {"kind": "lk"}}}}}, ["variants.b", "did you mean 'kl'"]),
         ({"variants": {"a": {}, "b": {"train.steps": 4}}}, ["same number of steps", "a 3, b 4"]),
         ({"variants": {"a": {}, "b": {"train.batch_size": 8}}}, ["same number of images", "a 12, b 24"]),
+        ({"variants": {"a": {}, "b": {"train.steps": STEPS}}}, ["'a' and 'b' come to the same configuration"]),
         ({"num_images": 7}, ["asked for 7 images of 6"]),
     ],
 )
@@ -215,6 +216,12 @@ def test_errors_name_the_variant_and_the_key(tmp_path, changes, fragments):
     for fragment in fragments:
         assert fragment in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_trains_a_cell(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="start it several times instead"):
+        run(config(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +353,7 @@ def _table(values: dict[str, list[float]]) -> dict:
         "images": 12,
         "mixed_precision": "bf16",
         "train": {"count": 14907, "size": 64},
-        "evaluation": {"num_images": 1000, "lpips_net": "alex"},
+        "evaluation": {"num_images": 1000, "lpips_net": "alex", "are_training_images": False},
     }
     return make_table(config(seeds=[0, 1, 2]), runs, setting)
 
