@@ -117,7 +117,7 @@ def test_save_and_load_are_exact(preset, tmp_path):
 
 @pytest.mark.parametrize("preset", TINY)
 def test_one_batch_can_be_learned_under_bf16_autocast(preset):
-    """A single small step lowers the preset's own loss on one batch, with the same noise each time; larger ones more."""
+    """A single small step lowers the preset's own loss on one batch under the same noise; larger ones lower it more."""
     autoencoder = build(preset).train()
     objective = CONFIGS[preset].objective
     distances = reconstruction_distances(objective, CPU)
