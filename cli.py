@@ -145,7 +145,10 @@ def _emit_run(out: Path, trained: bool, as_json: bool) -> None:
 
 
 def _emit_metrics(result: dict[str, Any], as_json: bool) -> None:
+    protocol = result["protocol"]
     lines = [f"{name}: {value:.6g}" for name, value in result["metrics"].items()]
+    lines.append(f"N = {protocol['num_samples']:,} against {protocol['num_reference']:,}")
+    lines += [f"note: {note}" for note in protocol.get("notes", [])]
     lines += [f"{name}: not computed ({why})" for name, why in result.get("not_computed", {}).items()]
     _emit(result, as_json, "\n".join(lines))
 
@@ -382,7 +385,9 @@ def bench() -> None:
 
 @bench.command("autoencoder")
 @click.option("--size", type=click.IntRange(min=32), default=None, help="Side of the images in pixels (256).")
-@click.option("--model", "models", multiple=True, help="Only this one; may be given again. All by default.")
+@click.option(
+    "--model", "models", multiple=True, help="Only this one, and the peer; may be given again. All by default."
+)
 @click.option(
     "--mixed-precision", "precision", type=click.Choice(["no", "bf16"]), default=None, help="One only; both by default."
 )
@@ -490,8 +495,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        word = "stopped" if isinstance(error, Stopped) else "error"
-        click.echo(f"{word}: {_in_one_line(error)}", err=True)
+        text = _in_one_line(error)
+        says_so = isinstance(error, Stopped) and text.startswith("stopped")
+        click.echo(text if says_so else f"{'stopped' if isinstance(error, Stopped) else 'error'}: {text}", err=True)
         sys.exit(getattr(error, "exit_code", 1))
 
 

@@ -77,7 +77,9 @@ def find_config(source: str) -> Path:
     if path.suffix in {".yaml", ".yml"}:
         if path.is_file():
             return path
-        raise UsageError(f"{source}: there is no such file (presets go by name: {', '.join(preset_names())})")
+        raise UsageError(
+            f"{source}: there is no such file; a preset goes by its name{_nearest(path.stem, preset_names())}"
+        )
     if source in preset_names():
         return PRESETS / f"{source}.yaml"
     raise UsageError(f"{source}: neither a YAML file nor a preset{_nearest(source, preset_names())}")
@@ -98,14 +100,14 @@ def load_config(model: type[C], source: str, overrides: Sequence[str] = ()) -> C
 
     What it returns has no ``base`` left: it is the same configuration written out.
 
-    Overrides are dotted paths with YAML values (``train.lr=1e-4``). One that changes the ``kind`` of an option drops
+    Overrides are dotted paths with YAML values (``train.steps=1000``). One that changes the ``kind`` of an option drops
     the settings the file gave for the former kind. Raises :class:`UsageError` with every error at once.
     """
     data, set_by = _read(find_config(source), source)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise UsageError(f"{override!r}: an override has the form key=value, as in train.lr=1e-4")
+            raise UsageError(f"{override!r}: an override has the form key=value, as in train.steps=1000")
         keys = tuple(key.split("."))
         _assign(data, keys, parse_yaml(value, f"override {override!r}"), override)
         set_by = {path: where for path, where in set_by.items() if path[: len(keys)] != keys}

@@ -181,6 +181,10 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        outer = getattr(self._former.get(signal.SIGTERM), "__self__", None)
+        if self._signal and isinstance(outer, StopRequest):
+            # A part of a longer work may end without having looked: the signal was meant for all of it.
+            outer._signal = self._signal
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:

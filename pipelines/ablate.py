@@ -63,7 +63,7 @@ def ablate(
             a cell is named by what is computed in it, so none is ever in the way of another.
         shard: ``(i, n)``: work on every ``n``-th cell from the ``i``-th on only.
         batch_size: of the evaluation.
-        dry_run: only list the cells; nothing is written.
+        dry_run: only list the cells of the shard; nothing is written.
 
     Returns:
         ``{"cells": [{"variant", "seed", "folder", "state"}], "complete": bool}``, where ``state`` is ``measured``,
@@ -86,7 +86,7 @@ def ablate(
             work_through(mine, lambda cell: bench.work(cell, f"[{mine.index(cell) + 1}/{len(mine)}]"), stop)
     listed = [
         {"variant": cell.variant, "seed": cell.seed, "folder": str(cell.folder), "state": bench.state(cell)}
-        for cell in cells
+        for cell in (mine if dry_run else cells)
     ]
     complete = all(cell["state"] in FINAL_STATES for cell in listed)
     if dry_run or not complete:
@@ -161,7 +161,8 @@ class _Bench:
         """Train and measure ``cell`` where it is not yet; a training that diverges is left as failed."""
         if (result := self._result(cell)) is not None and not result.not_computed:
             return print(f"{number} {cell}: there already", file=sys.stderr)
-        print(f"{number} {cell}: training", file=sys.stderr)
+        if self.state(cell) != "trained":
+            print(f"{number} {cell}: training", file=sys.stderr)
         minutes = self.options.max_minutes
         left = None if minutes is None else max(0.0, minutes - (time.monotonic() - self._begin) / 60)
         options = replace(self.options, max_minutes=left, overwrite=False)

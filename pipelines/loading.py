@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
-import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,7 +94,7 @@ def load_model_folder(model: type[M], folder: Path) -> M:
     Raises :class:`WavelatentError` where its files are missing or do not belong together.
     """
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # the hub's mixin prints
+        with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin says what is known
             loaded = model.from_pretrained(folder, local_files_only=True, strict=True)
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise WavelatentError(f"{folder}: the model cannot be loaded: {' '.join(str(error).split())}") from error

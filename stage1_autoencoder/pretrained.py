@@ -281,7 +281,7 @@ class PretrainedDecoder(_PretrainedHalf):
         if not self.config.trainable:
             raise UsageError(
                 "the adaptive weight compares gradients at the decoder's last layer, which is frozen here: "
-                "set decoder.trainable=true, or give the adversarial term a constant weight"
+                "set model.decoder.trainable=true, or give the adversarial term a constant weight"
             )
         convolutions = [module for module in self.model.decoder.modules() if isinstance(module, nn.Conv2d)]
         return convolutions[-1].get_parameter("weight")

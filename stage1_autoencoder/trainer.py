@@ -109,9 +109,9 @@ class AutoencoderTrainer:
                 try:
                     distance(smallest, smallest)
                 except ValueError as error:
+                    smaller = "" if factor == 1 else f", or raise min_scale, which makes {side} px of {size}"
                     raise UsageError(
-                        f"{error}: set objective.{name}.weight=0, take larger images, or raise the min_scale of a "
-                        "scale_equivariance"
+                        f"images of {size} px: {error}: set objective.{name}.weight=0, take larger ones{smaller}"
                     ) from error
             if self.adversary is not None:
                 self.adversary.network.eval()(image)  # eval: spectral norm's power iteration stays as it was

@@ -153,7 +153,7 @@ def test_a_signal_before_there_is_anything_to_save_exits_75(run, monkeypatch):
     monkeypatch.setattr("wavelatent.pipelines.doctor.doctor", interrupted)
     code, out, err = run("doctor")
     assert (code, out) == (75, "")
-    assert err.strip().startswith("stopped: ")
+    assert err.strip().startswith("stopped")
 
 
 def test_an_unexpected_error_is_one_line_that_names_the_way_to_the_traceback(run, monkeypatch):

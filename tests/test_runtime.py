@@ -235,3 +235,15 @@ def test_devices_and_precisions_that_cannot_be_are_refused():
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="0 CUDA devices"):
             resolve_device("cuda:1")
+
+
+def test_a_signal_that_reaches_a_part_is_heard_by_the_whole():
+    """The part may end without looking: then the work that it is a part of must stop."""
+    with StopRequest() as whole:
+        with StopRequest():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert whole.reason == "SIGTERM"
+    with StopRequest() as whole:
+        with StopRequest(max_minutes=0.0) as part:
+            assert part.reason == "--max-minutes"
+        assert whole.reason is None  # a part's deadline is its own
