@@ -133,7 +133,7 @@ def test_a_frozen_half_stays_in_eval_and_an_encoder_builds_no_graph(folder):
     free = latents().requires_grad_()
     autoencoder.decode(free).sum().backward()  # the gradient passes through a frozen decoder to the latents
     assert free.grad is not None
-    with pytest.raises(UsageError, match=r"frozen here: set decoder\.trainable=true"):
+    with pytest.raises(UsageError, match=r"frozen here: set model\.decoder\.trainable=true"):
         _ = autoencoder.decoder.last_layer
     trainable = build(folder, trainable=True).train()
     assert all(module.training for module in trainable.modules())
