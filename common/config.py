@@ -77,12 +77,10 @@ def find_config(source: str) -> Path:
     if path.suffix in {".yaml", ".yml"}:
         if path.is_file():
             return path
-        raise UsageError(
-            f"{source}: there is no such file; a preset goes by its name{_nearest(path.stem, preset_names())}"
-        )
+        raise UsageError(f"{source}: there is no such file; a preset goes by its name{_nearest_preset(path.stem)}")
     if source in preset_names():
         return PRESETS / f"{source}.yaml"
-    raise UsageError(f"{source}: neither a YAML file nor a preset{_nearest(source, preset_names())}")
+    raise UsageError(f"{source}: neither a YAML file nor a preset{_nearest_preset(source)}")
 
 
 def read_config(source: str) -> dict[str, Any]:
@@ -277,6 +275,13 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _models_in(argument)
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
+
+
+def _nearest_preset(word: str) -> str:
+    """Return the nearest preset; where none is near, the list leaves out those in folders, which are many."""
+    names = preset_names()
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return _nearest(word, near or [name for name in names if "/" not in name])
 
 
 def _nearest(word: str, valid: Sequence[str]) -> str:

@@ -26,7 +26,8 @@ class PerceptualDistance(FrozenFeatureDistance):
     dropout).
 
     Args:
-        net: ``"vgg"`` (the usual training loss) or ``"alex"`` (the usual figure in tables; four times faster).
+        net: ``"vgg"`` (the usual training loss) or ``"alex"`` (the usual figure in tables; a twentieth
+            of the cost on a CPU).
 
     Raises:
         MissingWeightsError: the backbone is neither here nor within reach.

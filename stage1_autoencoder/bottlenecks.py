@@ -105,7 +105,10 @@ class BoundedConfig(Config):
         if largest < 0:
             raise ValueError(f"mean {self.mean:g} is outside [-{self.bound:g}, {self.bound:g}]: widen bound")
         if self.variance > largest:
-            raise ValueError(f"within +-{self.bound:g}, at mean {self.mean:g}, the variance is {largest:g} at most")
+            raise ValueError(
+                f"within +-{self.bound:g}, at mean {self.mean:g}, the variance is {largest:g} at most: "
+                "lower variance, or widen bound"
+            )
         return self
 
     @property

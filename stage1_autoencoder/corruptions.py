@@ -99,10 +99,9 @@ def channel_dropout(latents: Tensor, config: ChannelDropoutConfig) -> Tensor:
 
 
 def prefix_mask(latents: Tensor, config: PrefixMaskConfig) -> Tensor:
-    """Return the latents with all but the first channels zero. Raises ``ValueError`` where there are too few."""
+    """Return the latents with all but the first channels zero."""
     batch, channels = latents.shape[:2]
-    if config.min_channels > channels:
-        raise ValueError(f"prefix_mask keeps at least {config.min_channels} of {channels} channels: lower min_channels")
+    assert config.min_channels <= channels, f"{config.min_channels} of {channels} channels"  # the model's config checks
     kept = torch.randint(config.min_channels, channels + 1, (batch, 1, 1, 1), device=latents.device)
     return latents * (torch.arange(channels, device=latents.device).view(1, -1, 1, 1) < kept)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..common.config import Config
 from ..common.frozen_network import FrozenFeatureDistance
 from ..common.metric_weights import lpips_backbone
+from ..common.torchvision_import import ensure_torchvision
 
 VGGLayer = Literal[
     "conv1_1",
@@ -31,7 +32,6 @@ VGGLayer = Literal[
 """VGG16's convolutions: block, and place in the block (Simonyan & Zisserman 2015, arXiv 1409.1556, column D)."""
 
 VGG16_LAYERS: tuple[VGGLayer, ...] = get_args(VGGLayer)
-BLOCK_WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGGFeaturesConfig(Config):
@@ -101,31 +101,26 @@ class _ImageNetScaling(nn.Module):
 
 
 def _vgg16(tensors: dict[str, Tensor], deepest: VGGLayer) -> nn.Sequential:
-    """Build VGG16 up to the convolution ``deepest`` from ``features.N.*``, its modules named by block and place."""
-    network = nn.Sequential()
+    """Return torchvision's VGG16 up to the convolution ``deepest``, filled from ``features.N.*``.
+
+    Its convolutions are children named as in ``VGGLayer``, what stands between them by its number.
+    """
+    ensure_torchvision()
+    from torchvision.models import vgg16
+
+    with torch.device("meta"):  # no weights are drawn: all are given
+        features = vgg16(weights=None).features
+    features.load_state_dict({key.removeprefix("features."): value for key, value in tensors.items()}, assign=True)
+    network, names = nn.Sequential(), iter(VGG16_LAYERS)
     network.add_module("scaling", _ImageNetScaling())
-    for index, (name, module) in enumerate(_modules()):
-        if isinstance(module, nn.Conv2d):
-            weights = {kind: tensors[f"features.{index}.{kind}"] for kind in ("weight", "bias")}
-            module.load_state_dict(weights, assign=True)
+    for number, module in features.named_children():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # what comes before it is the result
+        name = next(names) if isinstance(module, nn.Conv2d) else number
         network.add_module(name, module)
         if name == deepest:
             break
     return network
-
-
-def _modules() -> Iterator[tuple[str, nn.Module]]:
-    """Yield the feature network's modules in torchvision's order, their weights still without storage."""
-    channels, block = 3, 1
-    for name in VGG16_LAYERS:
-        if _block(name) != block:
-            yield f"pool{block}", nn.MaxPool2d(2)
-            block = _block(name)
-        width = BLOCK_WIDTHS[block - 1]
-        yield name, nn.Conv2d(channels, width, 3, padding=1, device="meta")
-        # Not in place: what comes before it is the result.
-        yield name.replace("conv", "relu"), nn.ReLU()
-        channels = width
 
 
 def _block(layer: VGGLayer) -> int:

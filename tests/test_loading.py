@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_diffusers import MODELS, diffusers_model
+from tiny_diffusers import GAUSSIAN, MODELS, diffusers_model
 from torch import Tensor
 
 from wavelatent.common.errors import UsageError, WavelatentError
@@ -22,6 +22,7 @@ from wavelatent.pipelines.run_config import AutoencoderRunConfig
 from wavelatent.pipelines.sample import sample
 from wavelatent.pipelines.train_autoencoder import train_autoencoder
 from wavelatent.pipelines.train_diffusion import train_diffusion
+from wavelatent.stage1_autoencoder.pretrained import PretrainedEncoderConfig
 
 CPU = RuntimeOptions(device="cpu")
 
@@ -140,3 +141,23 @@ def test_training_starts_from_the_sources_weights_and_moves_only_what_is_trainab
     assert json.loads((out / "model" / "config.json").read_text())["decoder"]["architecture"]
     shutil.rmtree(folder)
     load_autoencoder(out)  # the source is no longer needed
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_trains_saves_loads_and_resumes(name, tmp_path):
+    """Both halves, with the model's own normalisation where it states one; two steps at once, or one and one more."""
+    kind, settings = MODELS[name]
+    half = {"kind": "pretrained", "architecture": {"_class_name": kind, **settings}, "trainable": True}
+    half["normalise"] = "scaling_factor" in settings
+    channels = PretrainedEncoderConfig.model_validate(half).latent_channels
+    model = {"encoder": half, "decoder": half, "channels": channels}
+    model["bottleneck"] = {"kind": "kl" if name in GAUSSIAN else "plain"}
+    faces = open_data("synthetic:4", size=32)
+    for out, stops in (("whole", [2]), ("parts", [1, 2])):
+        for steps in stops:
+            train = {"steps": steps, "batch_size": 2, "sample_every": 0}
+            run = {"model": model, "objective": {"lpips": {"weight": 0}}, "train": train}
+            config = AutoencoderRunConfig.model_validate(run)
+            assert train_autoencoder(config, data=faces, out=tmp_path / out, options=CPU)
+    one, other = (load_autoencoder(tmp_path / out).state_dict() for out in ("whole", "parts"))
+    assert [key for key, value in one.items() if not torch.equal(value, other[key])] == []

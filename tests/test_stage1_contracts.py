@@ -1,6 +1,8 @@
 """What every option of stage one must keep, over the tiny presets, of which each option has one."""
 
 import json
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,11 +17,13 @@ from wavelatent.pipelines.train_autoencoder import train_autoencoder
 from wavelatent.stage1_autoencoder.adversarial import AdversarialConfig, Adversary
 from wavelatent.stage1_autoencoder.autoencoder import DECODERS, ENCODERS, Autoencoder
 from wavelatent.stage1_autoencoder.bottlenecks import BOTTLENECKS
+from wavelatent.stage1_autoencoder.decoder import WIDTHS
 from wavelatent.stage1_autoencoder.discriminators import DISCRIMINATORS
 from wavelatent.stage1_autoencoder.gan_losses import GAN_LOSSES
-from wavelatent.stage1_autoencoder.litevae import LiteVAEConfig
+from wavelatent.stage1_autoencoder.litevae import LiteVAEConfig, Size
 from wavelatent.stage1_autoencoder.objective import ObjectiveConfig, reconstruction_distances, weighted_total
 from wavelatent.stage1_autoencoder.perturbations import PERTURBATIONS
+from wavelatent.stage1_autoencoder.unet_discriminator import UNET_WIDTHS
 
 TINY = [name for name in preset_names() if name.startswith("tiny/")]
 CPU = torch.device("cpu")
@@ -62,6 +66,10 @@ def test_every_option_has_a_tiny_preset():
     assert losses >= {"l2", "vgg_features", *everything.reconstruction_weights}
     litevae = [m.encoder for m in models if isinstance(m.encoder, LiteVAEConfig)]
     assert {e.levels for e in litevae} == {1, 2, 3}
+    assert {m.encoder.downsampling for m in models} >= {2, 4, 8, 32}
+    pretrained = {m.encoder.class_name for m in models if m.encoder.kind == "pretrained"}
+    assert pretrained == {"AutoencoderKL", "AutoencoderDC", "AutoencoderTiny"}  # the others: test_pretrained.py
+    assert any(p.schedule.factor(0.9) != 1 for m in models for p in m.perturbations)
     assert {e.shared_extraction for e in litevae} == {False, True}
     assert {e.wavelet for e in litevae} > {"haar"}
     conv = [m.decoder for m in models if m.decoder.kind == "conv"]
@@ -162,3 +170,29 @@ def test_a_resumed_run_is_the_same_run(preset, tmp_path, data):
     logs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("whole", "parts")]
     logged, resumed = [[{**json.loads(line), "seconds": 0} for line in log] for log in logs]
     assert logged == resumed
+
+
+def assert_resumes(settings: list[str], faces, folder: Path) -> None:
+    """Two steps at once, or one and one more: the same weights."""
+    for out, stops in (("whole", [2]), ("parts", [1, 2])):
+        for steps in stops:
+            run = config("ae-tiny", *settings, f"train.steps={steps}")
+            assert train_autoencoder(run, data=faces, out=folder / out, options=RuntimeOptions(device="cpu"))
+    one, other = (load_autoencoder(folder / out).state_dict() for out in ("whole", "parts"))
+    assert [name for name, value in one.items() if not torch.equal(value, other[name])] == []
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        *(f"model.encoder.size={size}" for size in get_args(Size)),
+        *(f"model.decoder.width={width}" for width in WIDTHS),
+        *(
+            f"objective.adversarial={{start: 0, discriminator: {{kind: unet, width: {width}, levels: 2}}}}"
+            for width in UNET_WIDTHS
+        ),
+    ],
+)
+def test_every_size_trains_saves_loads_and_resumes(size, tmp_path, data):
+    small = ["model.encoder.levels=1", "model.encoder.num_res_blocks=1", "objective.lpips.weight=0"]
+    assert_resumes([*small, size, "train.batch_size=2", "train.sample_every=0"], data[32], tmp_path)
