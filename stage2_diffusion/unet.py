@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..common.config import Config
 from ..common.nn import ResBlock, SelfAttention, group_norm, zero_init
@@ -58,6 +59,9 @@ class UNet(nn.Module):
     ``w`` must divide by 2 to the number of levels less one (`check_size`). With ``num_classes > 0``, ``labels=None``
     asks for the unconditional output, which has an embedding of its own.
     """
+
+    gradient_checkpointing: bool = False
+    """In training, keep only each block's input and compute the rest of it again in the backward pass."""
 
     def __init__(self, config: UNetConfig, in_channels: int, num_classes: int = 0) -> None:
         super().__init__()
@@ -115,15 +119,24 @@ class UNet(nn.Module):
         h = self.stem(x)  # [B, channels, h, w]
         skips = [h]
         for layer in self.down:
-            h = layer(h, embedding)
+            h = self._apply_layer(layer, h, embedding)
             skips.append(h)
         for layer in self.middle:
-            h = layer(h, embedding)
+            h = self._apply_layer(layer, h, embedding)
         for layer in self.up:
             if isinstance(layer, Block):
                 h = torch.cat([h, skips.pop()], dim=1)
-            h = layer(h, embedding)
+            h = self._apply_layer(layer, h, embedding)
         return self.out(F.silu(self.norm(h)))  # [B, in_channels, h, w]
+
+    def after_step(self) -> None:
+        """Do nothing: what a denoiser does to its weights after every optimiser step."""
+
+    def _apply_layer(self, layer: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training and isinstance(layer, Block):
+            result: Tensor = checkpoint(layer, h, embedding, use_reentrant=False)
+            return result
+        return layer(h, embedding)
 
     def _embed(self, noise_label: Tensor, labels: Tensor | None) -> Tensor:
         embedding = self.noise_embedding(noise_label)

@@ -75,6 +75,40 @@ def test_bf16_autocast_is_close_to_float32():
     assert (rounded - exact).norm() < 0.03 * exact.norm()
 
 
+def test_gradient_checkpointing_keeps_fewer_tensors_and_gives_the_same_gradients():
+    network = randomised(UNet(TINY.model_copy(update={"dropout": 0.3}), in_channels=5)).train()
+    x, noise_label = torch.randn(2, 5, 4, 6), torch.tensor([0.1, -0.5])
+
+    def gradients_and_kept():
+        kept = []
+
+        def keep(tensor):
+            kept.append(tensor.numel())
+            return tensor
+
+        network.zero_grad()
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = network(x, noise_label).square().sum()
+        before_backward = sum(kept)
+        loss.backward()
+        return [parameter.grad.clone() for parameter in network.parameters()], before_backward
+
+    plain, kept_plain = gradients_and_kept()
+    network.gradient_checkpointing = True
+    checkpointed, kept_checkpointed = gradients_and_kept()
+    for one, other in zip(plain, checkpointed, strict=True):
+        assert torch.equal(one, other)
+    assert kept_checkpointed < 0.5 * kept_plain
+
+
+def test_nothing_happens_after_a_step():
+    network = randomised(UNet(TINY, in_channels=5))
+    before = [parameter.clone() for parameter in network.parameters()]
+    network.after_step()
+    assert all(torch.equal(one, other) for one, other in zip(before, network.parameters(), strict=True))
+
+
 def test_a_size_that_cannot_be_halved_says_how_to_fix_it():
     with pytest.raises(ValueError, match="divide by 2"):
         UNet(TINY, in_channels=5)(torch.randn(2, 5, 4, 7), torch.zeros(2))
