@@ -128,9 +128,9 @@ def dpmpp_2m_sde(
         h = math.log(sigma / sigma_next)
         target = denoised if previous is None else denoised + (denoised - previous) * h / (2 * previous_h)
         decay = sigma_next / sigma * math.exp(-eta * h)
-        x = decay * x + (1 - math.exp(-(1 + eta) * h)) * target
+        x = decay * x - math.expm1(-(1 + eta) * h) * target
         if eta > 0:
-            x = x + sigma_next * math.sqrt(1 - math.exp(-2 * eta * h)) * _noise_of(noise, step, x)
+            x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * _noise_of(noise, step, x)
         previous, previous_h = denoised, h
     return x
 

@@ -11,6 +11,8 @@ from .samplers import SAMPLERS
 
 Grid = Literal["karras", "exponential", "uniform", "shifted"]
 GRIDS: tuple[Grid, ...] = get_args(Grid)
+WITH_ETA = ("ddim", "dpmpp_2m_sde")
+"""Samplers that take ``eta``."""
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,51 @@ class Sampling:
             raise UsageError(f"--grid {self.grid}: unknown; choose one of {', '.join(GRIDS)}")
         if self.steps < 1:
             raise UsageError(f"--steps {self.steps}: sampling needs at least 1 step")
+        for name in ("rho", "grid_shift"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} {getattr(self, name)}: give a number above 0")
+        self._check_noise()
+        if not 0 <= self.guidance < math.inf:
+            raise UsageError(f"guidance {self.guidance}: give a weight of at least 0; 1 is none")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not 0 <= low < high:
+                raise UsageError(f"guidance interval ({low}, {high}]: give noise levels 0 <= low < high")
+        self._check_unused()
+
+    def _check_noise(self) -> None:
+        largest = 1 if self.sampler == "ddim" else math.inf  # what ddim draws anew is part of what there is
+        if self.eta is not None and not (0 <= self.eta <= largest and math.isfinite(self.eta)):
+            raise UsageError(f"eta {self.eta}: give {self.sampler} a number " + ("in 0..1" if largest == 1 else ">= 0"))
+        if not 0 <= self.churn < math.inf:
+            raise UsageError(f"churn {self.churn}: give a number of at least 0; 0 is none")
+        if not 0 <= self.churn_min <= self.churn_max:
+            raise UsageError(f"churn between {self.churn_min} and {self.churn_max}: give noise levels 0 <= min <= max")
+        if not 0 < self.churn_noise < math.inf:
+            raise UsageError(f"churn_noise {self.churn_noise}: give a number above 0; 1 adds the exact noise")
+
+    def _check_unused(self) -> None:
+        """Refuse what was given but would not act, so that nobody believes in its effect."""
+        unused = {
+            "eta": self.eta is not None and self.sampler not in WITH_ETA,
+            "churn": self.churn != 0 and self.sampler != "heun",
+            "rho": self.rho != Sampling.rho and self.grid != "karras",
+            "grid_shift": self.grid_shift != Sampling.grid_shift and self.grid != "shifted",
+        }
+        needs = {"eta": f"sampler {' or '.join(WITH_ETA)}", "churn": "sampler heun"}
+        needs |= {"rho": "grid karras", "grid_shift": "grid shifted"}
+        for name, is_unused in unused.items():
+            if is_unused:
+                raise UsageError(
+                    f"{name} {getattr(self, name)} has no effect here: leave it out, or take {needs[name]}"
+                )
+
+    def sampler_options(self) -> dict[str, float]:
+        """Return the keyword arguments that the sampler takes besides the denoiser, the start and the grid."""
+        if self.sampler == "heun":
+            return {name: getattr(self, name) for name in ("churn", "churn_min", "churn_max", "churn_noise")}
+        return {} if self.eta is None else {"eta": self.eta}
+
+
+DEFAULT_SAMPLING = Sampling()
+"""32 steps of Heun on EDM's grid, without guidance."""
