@@ -53,11 +53,13 @@ class MPUNet(nn.Module):
     output. A new network returns zero. Call `after_step` after every step of the optimiser and before averaging.
     """
 
+    gradient_checkpointing: bool = False
+    """In training, keep only each block's input and compute the rest of it again in the backward pass."""
+
     def __init__(self, config: MPUNetConfig, in_channels: int, num_classes: int = 0) -> None:
         super().__init__()
         self.config = config
         self.num_classes = num_classes
-        self.gradient_checkpointing = False
         widths = config.widths
         embedding = config.embedding_channels or max(widths)
 
@@ -122,9 +124,9 @@ class MPUNet(nn.Module):
         return self.out_gain * self.out(h)  # [B, in_channels, h, w]
 
     def _run(self, layer: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
-        """Run one block; with checkpointing only its input is kept, and the backward pass computes it again."""
         if self.gradient_checkpointing and self.training:
-            return checkpoint(layer, x, embedding, use_reentrant=False)
+            result: Tensor = checkpoint(layer, x, embedding, use_reentrant=False)
+            return result
         return layer(x, embedding)
 
     def _embed(self, noise_label: Tensor, labels: Tensor | None) -> Tensor:

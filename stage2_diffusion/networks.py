@@ -23,5 +23,4 @@ DENOISERS: dict[str, type[UNet] | type[MPUNet]] = {"unet": UNet, "mp_unet": MPUN
 
 def build_network(config: UNetConfig | MPUNetConfig, in_channels: int, num_classes: int = 0) -> DenoiserNetwork:
     """Return the network that ``config`` describes, for latents of ``in_channels`` channels; 0 classes is none."""
-    network: type[UNet] | type[MPUNet] = DENOISERS[config.kind]
-    return network(config, in_channels, num_classes)  # type: ignore[arg-type]  # the table goes by the config's kind
+    return DENOISERS[config.kind](config, in_channels, num_classes)

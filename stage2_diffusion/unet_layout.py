@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from ..common.config import Config
 
@@ -27,7 +26,7 @@ class UNetLayout(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> UNetLayout:
         levels = len(self.multipliers)
         if any(not 0 <= level < levels for level in self.attention_levels):
             raise ValueError(f"attention_levels {self.attention_levels} must be among 0 to {levels - 1}")
