@@ -39,6 +39,8 @@ from .files import write_atomically
 M = TypeVar("M", bound=nn.Module)
 Floats = NDArray[np.float64]
 
+SNAPSHOT_FOLDER = "ema"
+"""Where a run folder keeps its snapshots."""
 MAX_WIDTH = 0.28
 """Below the width of the plain mean of all weights, ``12 ** -0.5`` = 0.289: gamma stays above 0."""
 MAX_RESIDUAL = 0.5
@@ -260,7 +262,7 @@ def rebuild(folder: Path, width: float, *, at_step: int | None = None) -> Rebuil
         raise UsageError(f"the EMA width {width} is not between 0 and {MAX_WIDTH}; give a width in between")
     stored = snapshots(folder)
     if not stored:
-        raise WavelatentError(f"{folder} holds no EMA snapshots; train with ema.snapshot_every other than 0")
+        raise WavelatentError(f"{folder} holds no EMA snapshots; train with a snapshot_every other than 0")
     newest = stored[-1].step
     target = Profile(newest if at_step is None else at_step, width)
     if not 1 <= target.step <= newest:
@@ -271,7 +273,7 @@ def rebuild(folder: Path, width: float, *, at_step: int | None = None) -> Rebuil
         raise WavelatentError(
             f"{len(stored)} EMA snapshots of width {widths} in {folder} cannot express width {width} at step "
             f"{target.step} (residual {residual:.2f}): give a width or step nearer to theirs, or train with a smaller "
-            "ema.snapshot_every"
+            "snapshot_every"
         )
     used = {profile: float(c) for profile, c in zip(stored, coefficients, strict=True) if c != 0}
     return Rebuilt(_combine(folder, used), target, residual, len(used))
