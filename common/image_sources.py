@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .errors import UsageError, WavelatentError
 from .transforms import BadImageError, ImageTransform, decode
-from .worker_processes import leave_signals_to_parent
+from .worker_processes import leave_signals_to_parent, started
 
 T = TypeVar("T")
 NAMED_FILES = 3
@@ -106,7 +106,7 @@ def ordered_map(function: Callable[[int], T], indices: Sequence[int], num_worker
         worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # of its own: the default draws from, and so changes, the global one
     )
-    for results in loader:
+    for results in started(loader):
         yield from results
 
 

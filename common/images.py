@@ -25,7 +25,7 @@ from .image_folders import FolderImages
 from .image_sources import CheckedImages, SkippedFile
 from .ordering import step_flips, step_indices
 from .prepared import PreparedFolder, is_prepared, require_size
-from .worker_processes import leave_signals_to_parent
+from .worker_processes import leave_signals_to_parent, started
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def iterate_batches(
     """Yield the data, or the images at ``indices``, in order, once; the last batch may be short."""
     chosen: Sequence[int] = range(len(data)) if indices is None else indices
     batches = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
-    yield from _loader(_InOrder(data, batches), range(len(batches)), num_workers)
+    yield from started(_loader(_InOrder(data, batches), range(len(batches)), num_workers))
 
 
 def training_batches(
@@ -142,7 +142,7 @@ def training_batches(
     prepare whole batches ahead; the batches are the same for any number.
     """
     steps = _TrainingSteps(data, batch_size, seed, rank, world_size, flip)
-    yield from _loader(steps, count(start_step), num_workers)
+    yield from started(_loader(steps, count(start_step), num_workers))
 
 
 class _InOrder(Dataset[Batch]):

@@ -5,10 +5,29 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch.utils.data import DataLoader
+
+T = TypeVar("T")
+
+
+def started(loader: DataLoader[T]) -> Iterator[T]:
+    """Return ``iter(loader)``, whose workers are born deaf to SIGTERM and SIGINT.
+
+    A worker inherits the signals that are blocked. Without it, one that comes before the worker has set up
+    :func:`leave_signals_to_parent` would kill it. What comes for this process meanwhile waits until they are there.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Make this worker deaf to SIGTERM and SIGINT from anywhere but its parent; a ``worker_init_fn``.
+    """Make this worker deaf to SIGTERM and SIGINT from anywhere but its parent; a ``worker_init_fn`` for `started`.
 
     A request to stop often goes to a whole process group (Ctrl-C, GNU timeout, Slurm). Workers that die of it make
     PyTorch raise an error in the parent, which was about to save everything. Without it they end when the parent closes
@@ -18,8 +37,10 @@ def leave_signals_to_parent(worker: int) -> None:
     parent's end to the workers that are still there, and then waits for them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()

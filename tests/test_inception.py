@@ -6,6 +6,7 @@ import torch
 from wavelatent.common.feature_distances import FeatureStatistics, frechet_distance, kernel_distance
 from wavelatent.common.inception import InceptionFeatures, extract_features
 from wavelatent.common.metric_weights import MissingWeightsError, inception_weights
+from wavelatent.common.torchvision_import import ensure_torchvision
 
 
 @pytest.fixture(scope="module")
@@ -16,17 +17,22 @@ def weights():
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module")
-def documented_images(weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images of torchmetrics' FID and KID examples: seed, build the network (which draws), draw the images."""
+def torch_fidelity_network(weights) -> torch.nn.Module:
+    ensure_torchvision()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     state = io.BytesIO()
     torch.save({**weights.tensors, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, state)
     state.seek(0)
+    return FeatureExtractorInceptionV3("example", ["2048"], feature_extractor_weights_path=state)
+
+
+@pytest.fixture(scope="module")
+def documented_images(weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of torchmetrics' FID and KID examples: seed, build the network (which draws), draw the images."""
     with torch.random.fork_rng():
         torch.manual_seed(123)
-        FeatureExtractorInceptionV3("example", ["2048"], feature_extractor_weights_path=state)
+        torch_fidelity_network(weights)
         first = torch.randint(0, 200, (100, 3, 299, 299), dtype=torch.uint8)
         second = torch.randint(100, 255, (100, 3, 299, 299), dtype=torch.uint8)
     return first, second
@@ -45,6 +51,14 @@ def test_kid_is_torchmetrics_documented_answer(documented_images):
     # Both average over 100 random subsets, not the same ones: their means differ by their standard error.
     assert kid.mean == pytest.approx(0.0337, abs=3 * 0.0023 / 10)
     assert kid.std == pytest.approx(0.0023, abs=0.0004)
+
+
+def test_features_are_those_of_torch_fidelity(documented_images, weights):
+    """Ours fold the batch normalisations into the convolutions."""
+    images = documented_images[1][:5]
+    torch.testing.assert_close(
+        InceptionFeatures()(images), torch_fidelity_network(weights)(images)[0], rtol=1e-4, atol=2e-5
+    )
 
 
 def test_features_do_not_depend_on_the_batch_or_on_autocast(weights):

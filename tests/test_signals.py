@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
+
+from wavelatent.common.worker_processes import leave_signals_to_parent, started
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -57,11 +60,10 @@ def wait_until(
 
 
 def is_gone(group_id: int) -> bool:
-    try:
-        os.killpg(group_id, 0)
-    except ProcessLookupError:
-        return True
-    return False
+    """Return whether nothing of a process group runs any more; what has ended may still wait for init to take note."""
+    listed = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    states = [state for pgid, state in map(str.split, listed.splitlines()) if int(pgid) == group_id]
+    return all(state.startswith("Z") for state in states)
 
 
 def test_sigterm_to_the_group_stops_a_training_that_reads_with_workers(tmp_path: Path) -> None:
@@ -108,6 +110,20 @@ def test_workers_outlive_a_signal_and_end_with_their_parent(number: signal.Signa
         assert parent.returncode == 1
         assert "keeps the loader alive" in err
         wait_until(lambda: is_gone(parent.pid), seconds=60)
+
+
+def slow_to_start(worker: int) -> None:
+    time.sleep(1)
+    leave_signals_to_parent(worker)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_signal_that_comes_while_a_worker_starts_does_not_kill_it(number: signal.Signals) -> None:
+    batches = started(DataLoader([3, 5, 8], batch_size=None, num_workers=1, worker_init_fn=slow_to_start))
+    worker = batches._workers[0].pid  # type: ignore[attr-defined]
+    subprocess.run(["kill", "-s", str(int(number)), str(worker)], check=True)  # not by its parent, whom it obeys
+    assert [int(batch) for batch in batches] == [3, 5, 8]
+    assert not {signal.SIGTERM, signal.SIGINT} & signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_workers_end_when_their_parent_is_killed() -> None:
