@@ -1,12 +1,14 @@
 """The run folder: the contract of a training run with users and other programs.
 
 ``config.yaml``, ``environment.json``, ``inputs.json``, ``metrics.jsonl``, ``events.jsonl`` (where there are any),
-``tensorboard/``, ``checkpoints/``, ``samples/``, ``model/`` and ``status.json``.
+``tensorboard/``, ``checkpoints/``, ``samples/``, ``model/`` and ``status.json``; of stage two also ``best/`` (the model
+folder of the best measurement so far) and ``ema/`` (snapshots of the averaged weights).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +35,15 @@ MAY_CHANGE = {
     "train.num_workers",
     "train.num_samples",
     "train.sample_steps",
+    "train.gradient_checkpointing",
+    "train.compile",
+    "train.channels_last",
+    "train.quick_evaluation.every",
+    "train.quick_evaluation.batch_size",
+    "train.validation.every",
 }
-"""Settings that a resumed run may be given anew: how long it goes on, how it reads, and when and what it shows."""
+"""Settings that a resumed run may be given anew: how long it goes on, how it reads and computes, and when and what it
+shows."""
 
 CONTENTS = (
     "config.yaml",
@@ -43,7 +52,9 @@ CONTENTS = (
     "metrics.jsonl",
     "events.jsonl",
     "status.json",
+    "best",
     "checkpoints",
+    "ema",
     "evaluation-generation",
     "evaluation-reconstruction",
     "model",
@@ -225,12 +236,22 @@ class RunFolder:
         if self.is_main:
             save_model_folder(model, self.path / "model")
 
+    def save_best(self, model: PyTorchModelHubMixin, step: int, name: str, value: float) -> None:
+        """Replace ``best/`` by ``model`` where figure ``name`` is lower than its own, or is another figure."""
+        folder = self.path / "best"
+        file = folder / "best.json"
+        old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if self.is_main and value < old.get(name, math.inf):
+            save_model_folder(model, folder, {"best.json": {"step": step, name: value}})
 
-def save_model_folder(model: PyTorchModelHubMixin, folder: Path) -> None:
-    """Write config.json, model.safetensors and the model card, whole or not at all."""
+
+def save_model_folder(model: PyTorchModelHubMixin, folder: Path, records: Mapping[str, Any] | None = None) -> None:
+    """Write config.json, model.safetensors, the model card and JSON ``records`` by name, whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
+    for name, record in (records or {}).items():
+        write_json(temporary / name, record)
     replace_folder(temporary, folder)
 
 

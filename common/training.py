@@ -27,11 +27,17 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LearningRateConfig(Config):
-    """A linear warm-up to ``peak``, then constant or a half cosine down to zero at the last step."""
+    """A linear warm-up to ``peak``, then a ``decay``.
+
+    ``none`` is constant; ``cosine`` a half cosine down to zero at the last step; ``inverse_sqrt`` (Karras et al. 2024,
+    arXiv 2312.02696, equation 67) constant to step ``decay_start`` and then ``peak * sqrt(decay_start / step)``.
+    """
 
     peak: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
-    decay: Literal["none", "cosine"] = "none"
+    decay: Literal["none", "cosine", "inverse_sqrt"] = "none"
+    decay_start: int = Field(10_000, ge=1)
+    """Of ``inverse_sqrt``, in steps."""
 
     def at(self, step: int, steps: int) -> float:
         """Return the learning rate of step ``step`` (from 0) of ``steps``."""
@@ -39,6 +45,8 @@ class LearningRateConfig(Config):
             return self.peak * (step + 1) / self.warmup_steps
         if self.decay == "none":
             return self.peak
+        if self.decay == "inverse_sqrt":
+            return self.peak / math.sqrt(max(1.0, step / self.decay_start))
         progress = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
         return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 

@@ -6,14 +6,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-T = TypeVar("T")
 
-
-def started(loader: DataLoader[T]) -> Iterator[T]:
+def started(loader: DataLoader[Any]) -> Iterator[Any]:
     """Return ``iter(loader)``, whose workers are born deaf to SIGTERM and SIGINT.
 
     A worker inherits the signals that are blocked. Without it, one that comes before the worker has set up

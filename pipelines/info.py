@@ -15,7 +15,7 @@ from ..common.errors import UsageError, WavelatentError
 from ..stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
 from ..stage1_autoencoder.discriminators import DISCRIMINATORS
 from ..stage1_autoencoder.pretrained import resolve_pretrained
-from ..stage2_diffusion.unet import UNet, UNetConfig
+from ..stage2_diffusion.unet import UNetConfig
 from .costs import count_flops, count_parameters
 from .diffusion_config import DiffusionRunConfig
 from .run_config import AutoencoderRunConfig
@@ -122,7 +122,7 @@ def _denoiser(config: DiffusionRunConfig, latent_shape: Sequence[int], num_class
     with FakeTensorMode():
         try:
             classes = num_classes if config.class_conditional else 0
-            network = UNet(config.model, latent_shape[0], classes).eval()
+            network = build_network(config.model, latent_shape[0], classes).eval()
             network.check_size(*latent_shape[1:])
         except ValueError as error:
             raise UsageError(str(error)) from error

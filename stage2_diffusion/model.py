@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..common.config import Config
 from ..common.denoising import denoise_with, denoising_loss, expand_like
 from ..common.latents import Whitening
-from .objectives import ObjectiveConfig, build_objective
-from .unet import UNet, UNetConfig
+from .networks import DENOISER_CONFIG, DenoiserConfig, build_network
+from .objectives import OBJECTIVE_CONFIG, ObjectiveConfig, build_objective
+from .uncertainty import Uncertainty, UncertaintyConfig, uncertain_loss
 
 WhiteningKind = Literal["none", "scalar", "channel"]
 
@@ -37,6 +38,15 @@ raw = model.whitening.inverse(denoised)   # what the autoencoder decodes
 """
 
 
+class Losses(NamedTuple):
+    """What a training step computes per sample, each ``[B]`` float32."""
+
+    total: Tensor
+    """What is minimised."""
+    denoising: Tensor
+    """The weighted mean squared error alone, which ``total`` is but for a learned uncertainty."""
+
+
 class LatentDiffusion(
     nn.Module,
     PyTorchModelHubMixin,
@@ -56,18 +66,20 @@ class LatentDiffusion(
         num_classes: 0 for an unconditional model.
         whitening: which kind.
         statistics: ``{"mean": [C], "std": [C]}`` of the raw latents over the whole training set; None is mean 0, std 1.
+        uncertainty: the learned weight of every noise level, or its plain dict; None is none.
 
     Raises ``ValueError`` where the latents' size does not suit the network.
     """
 
     def __init__(
         self,
-        denoiser: UNetConfig | dict[str, Any],
+        denoiser: DenoiserConfig | dict[str, Any],
         objective: ObjectiveConfig | dict[str, Any],
         latent_shape: Sequence[int],
         num_classes: int = 0,
         whitening: WhiteningKind = "channel",
         statistics: Mapping[str, Sequence[float]] | None = None,
+        uncertainty: UncertaintyConfig | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         channels, height, width = latent_shape
@@ -76,9 +88,11 @@ class LatentDiffusion(
         self.whitening = Whitening.from_statistics(
             whitening, statistics or {"mean": [0.0] * channels, "std": [1.0] * channels}
         )
-        self.objective = build_objective(ObjectiveConfig.model_validate(objective))
-        self.network = UNet(UNetConfig.model_validate(denoiser), channels, num_classes)
+        self.objective = build_objective(OBJECTIVE_CONFIG.validate_python(objective), channels * height * width)
+        self.network = build_network(DENOISER_CONFIG.validate_python(denoiser), channels, num_classes)
         self.network.check_size(height, width)
+        learned = None if uncertainty is None else UncertaintyConfig.model_validate(uncertainty)
+        self.uncertainty = None if learned is None else Uncertainty(learned)
 
     def denoise(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the expected whitened latents given ``x [B, C, h, w] = latents + sigma * noise``, ``sigma [B]``.
@@ -88,22 +102,25 @@ class LatentDiffusion(
         denoised = denoise_with(self.network, self.objective.preconditioning, x.float(), sigma.float(), labels)
         return denoised.to(x.dtype)
 
-    def forward(self, raw: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the training loss per sample ``[B]`` of raw latents at given noise levels ``[B]`` and noise.
+    def forward(self, raw: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None = None) -> Losses:
+        """Return the training losses of raw latents at given noise levels ``[B]`` and noise.
 
         This is the forward pass that a distributed wrapper must see; it draws nothing.
         """
         latents = self.whitening(raw)
         noisy = latents + expand_like(sigma, latents) * noise
-        return denoising_loss(self.denoise(noisy, sigma, labels), latents, self.objective.preconditioning.weight(sigma))
+        preconditioning = self.objective.preconditioning
+        loss = denoising_loss(self.denoise(noisy, sigma, labels), latents, preconditioning.weight(sigma))
+        if self.uncertainty is None:
+            return Losses(loss, loss)
+        return Losses(uncertain_loss(loss, self.uncertainty(preconditioning.scalings(sigma).noise)), loss)
+
+    def after_step(self) -> None:
+        """Do what the network asks for after every step of the optimiser."""
+        self.network.after_step()
 
     def draw_noise(self, raw: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw what a training step adds to ``raw``: noise levels ``[B]`` and noise like ``raw``, on its device."""
         sigma = self.objective.draw_sigma(len(raw), generator)
         noise = torch.randn(raw.shape, generator=generator, device=generator.device)
         return sigma.to(raw.device), noise.to(raw.device)
-
-    def loss(self, raw: Tensor, generator: torch.Generator, labels: Tensor | None = None) -> Tensor:
-        """Return the training loss per sample ``[B]`` with noise drawn from ``generator``."""
-        sigma, noise = self.draw_noise(raw, generator)
-        return self(raw, sigma, noise, labels)
