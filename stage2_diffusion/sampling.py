@@ -65,9 +65,10 @@ class Sampling:
         self._check_unused()
 
     def _check_noise(self) -> None:
-        largest = 1 if self.sampler == "ddim" else math.inf  # what ddim draws anew is part of what there is
-        if self.eta is not None and not (0 <= self.eta <= largest and math.isfinite(self.eta)):
-            raise UsageError(f"eta {self.eta}: give {self.sampler} a number " + ("in 0..1" if largest == 1 else ">= 0"))
+        if self.eta is not None and not 0 <= self.eta < math.inf:
+            raise UsageError(f"eta {self.eta}: give a number of at least 0; 0 draws no noise")
+        if self.eta is not None and self.sampler == "ddim" and self.eta > 1:
+            raise UsageError(f"eta {self.eta}: ddim draws a share of the noise anew, give a number between 0 and 1")
         if not 0 <= self.churn < math.inf:
             raise UsageError(f"churn {self.churn}: give a number of at least 0; 0 is none")
         if not 0 <= self.churn_min <= self.churn_max:

@@ -152,10 +152,9 @@ def test_ddim(schedule, eta):
     scheduler.sigmas = torch.cat([((1 - alpha_bar) / alpha_bar).sqrt(), alpha_bar.new_zeros(1)])
     assert all(a > b for a, b in pairwise(scheduler.sigmas.tolist()))
 
-    def output(x, sigma, denoised):
-        return noise_prediction(x, sigma, denoised)
-
-    expected = theirs(scheduler, output, variance_preserving, lambda step: {"eta": eta, "variance_noise": NOISE(step)})
+    expected = theirs(
+        scheduler, noise_prediction, variance_preserving, lambda step: {"eta": eta, "variance_noise": NOISE(step)}
+    )
     assert_same(ours("ddim", scheduler.sigmas, NOISE, eta=eta), expected)
 
 
