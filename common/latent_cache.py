@@ -6,35 +6,42 @@
     CACHE/shard-00000.safetensors  mean, std, flip_mean, flip_std [N, C, h, w] as there are; index, label [N]
     CACHE/partial/                 while it is being written: a record per finished shard, rows not yet in a shard
 
-The posterior is kept, not one draw of it: :func:`training_latents` draws anew at every step. A cache without a manifest
-is unfinished; :class:`~wavelatent.common.latent_cache_writer.CacheWriter` goes on with it.
+The posterior is kept, not one draw of it: :class:`~wavelatent.common.latent_loader.TrainingLatents` draws anew at every
+step. A cache without a manifest is unfinished; :class:`~wavelatent.common.latent_cache_writer.CacheWriter` goes on with
+it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import WavelatentError
-from .files import sha256_file
 from .latents import Posterior
-from .ordering import step_indices
-from .randomness import generator
+from .verification import first_mismatch
 
 MANIFEST = "manifest.json"
 PARTIAL = "partial"
 
 CacheDtype = Literal["float32", "float16"]
+Columns = Mapping[str, NDArray[Any]]
+"""The tensors of a shard by name, ``[N, ...]``, read-only."""
+
+_NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8"}
+"""What a cache holds, by safetensors' names."""
 
 
 class _Record(BaseModel):
@@ -133,12 +140,17 @@ class CacheBatch:
 class LatentCache:
     """A finished cache, memory-mapped: reading 64 random latents takes well under a millisecond.
 
+    Only the rows that are asked for are read, and what was read can be dropped again by the system, so a cache may be
+    larger than the memory, on any setting of overcommit. Threads may read at the same time. Every shard is one open
+    file.
+
     Make one with :meth:`open`.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        _allow_open_files(len(manifest.shards))
         self._shards = [_map_shard(path / shard.file, shard.count, manifest) for shard in manifest.shards]
         self._starts = np.cumsum([0, *(shard.count for shard in manifest.shards)])
 
@@ -155,7 +167,9 @@ class LatentCache:
 
         Args:
             path: the cache's folder.
-            verify: hash every shard against the manifest. Without it only names, sizes and shapes are checked.
+            verify: check every shard's SHA-256 against the manifest. The first time all are hashed, several at once (a
+                minute for some 100 GB on eight cores); later only those that were touched since, see
+                :mod:`~wavelatent.common.verification`. Without it only names, sizes and shapes are checked.
             autoencoder_fingerprint: refuse a cache that another autoencoder encoded.
             data_fingerprint: refuse a cache of other images.
 
@@ -180,8 +194,8 @@ class LatentCache:
             file = path / shard.file
             if not file.is_file():
                 raise WavelatentError(f"{file} is missing from the cache; {remedy}")
-            if verify and sha256_file(file) != shard.sha256:
-                raise WavelatentError(f"{file} does not have the SHA-256 that {MANIFEST} records; {remedy}")
+        if verify and (wrong := first_mismatch(path, {shard.file: shard.sha256 for shard in manifest.shards})):
+            raise WavelatentError(f"{path / wrong} does not have the SHA-256 that {MANIFEST} records; {remedy}")
         return cls(path, manifest)
 
     def __len__(self) -> int:
@@ -200,64 +214,51 @@ class LatentCache:
             return max(int(shard["label"].max()) for shard in self._shards) + 1
         return recorded
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> CacheBatch:
-        """Return the rows at positions ``indices`` (0 to ``len - 1``, in any order, repeats allowed)."""
-        positions = np.asarray(indices, dtype=np.int64)
-        if positions.size and not (positions.min() >= 0 and positions.max() < len(self)):
-            raise IndexError(f"positions {positions.min()} to {positions.max()} of a cache of {len(self)}")
-        owners = np.searchsorted(self._starts, positions, side="right") - 1
-        order = np.argsort(owners, kind="stable")
-        chosen: dict[str, list[Tensor]] = {name: [] for name in self._shards[0]}
-        for owner in np.unique(owners):
-            rows = torch.from_numpy(positions[order][owners[order] == owner] - self._starts[owner])
-            for name, tensor in self._shards[owner].items():
-                chosen[name].append(tensor[rows])
-        back = torch.from_numpy(np.argsort(order))
-        columns = {name: torch.cat(parts)[back] for name, parts in chosen.items() if parts}
-        mean = columns["mean"]
+    def rows(self, positions: Sequence[int] | NDArray[np.int64]) -> list[tuple[Columns, int]]:
+        """Return where the rows at ``positions`` are: the columns of the shard, and the row in it. Reads nothing.
+
+        Positions are 0 to ``len - 1``, in any order, repeats allowed; others raise :class:`IndexError`.
+        """
+        wanted = np.asarray(positions, dtype=np.int64)
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
+            raise IndexError(f"positions {wanted.min()} to {wanted.max()} of a cache of {len(self)}")
+        owners = np.searchsorted(self._starts, wanted, side="right") - 1
+        rows = wanted - self._starts[owners]
+        return [(self._shards[owner], row) for owner, row in zip(owners.tolist(), rows.tolist(), strict=True)]
+
+    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> CacheBatch:
+        """Return copies of the rows at positions ``indices``; see :meth:`rows`."""
+        rows = self.rows(indices)
+
+        def column(name: str) -> Tensor | None:
+            if name not in self._shards[0]:
+                return None
+            first = self._shards[0][name]
+            copied = np.empty((len(rows), *first.shape[1:]), np.int64 if first.ndim == 1 else np.float32)
+            for place, (columns, row) in enumerate(rows):
+                copied[place] = columns[name][row]
+            return torch.from_numpy(copied)
+
+        mean, flip_mean, index = column("mean"), column("flip_mean"), column("index")
+        assert mean is not None, "checked when the shard was mapped"
+        assert index is not None, "checked when the shard was mapped"
         return CacheBatch(
-            posterior=Posterior(mean.float(), _as_float(columns.get("std"))),
-            flip_posterior=Posterior(columns["flip_mean"].float(), _as_float(columns.get("flip_std")))
-            if self.manifest.flips
-            else None,
-            labels=columns.get("label"),
-            index=columns["index"],
+            posterior=Posterior(mean, column("std")),
+            flip_posterior=None if flip_mean is None else Posterior(flip_mean, column("flip_std")),
+            labels=column("label"),
+            index=index,
         )
 
 
 def training_latents(
     cache: LatentCache, *, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield ``(raw latents [B, C, h, w], labels [B] | None)`` for ever, one batch per training step.
+    """Yield the batches of :class:`~wavelatent.common.latent_loader.TrainingLatents` from ``start_step`` on."""
+    from .latent_loader import TrainingLatents
 
-    Which images are in step ``s`` follows :func:`step_indices`; the draw from each posterior, and where the cache has
-    mirror images the choice of side, follow (seed, image, s) alone. So a resume, or another number of processes with
-    the same global batch, sees the same latents. ``batch_size`` is per rank.
-    """
-    step = start_step
-    while True:
-        positions = step_indices(len(cache), batch_size, seed, step, rank, world_size)
-        yield draw_latents(cache.read(positions), seed, step)
-        step += 1
-
-
-def draw_latents(batch: CacheBatch, seed: int, step: int) -> tuple[Tensor, Tensor | None]:
-    """Draw raw latents ``[B, C, h, w]`` from the posteriors (of either side, by a coin toss), each image by its own."""
-    generators = [generator("posterior", seed, index, step) for index in batch.index.tolist()]
-    posterior = batch.posterior
-    if batch.flip_posterior is not None:
-        mirrored = torch.stack([torch.rand((), generator=g) for g in generators]) < 0.5
-        posterior = _choose(mirrored, batch.flip_posterior, posterior)
-    return posterior.sample(generators), batch.labels
-
-
-def _choose(first: Tensor, yes: Posterior, no: Posterior) -> Posterior:
-    """Take ``yes`` where ``first [B]`` holds and ``no`` elsewhere."""
-    where = first[:, None, None, None]
-    chosen = Posterior(torch.where(where, yes.mean, no.mean))
-    if yes.std is None or no.std is None:
-        return chosen
-    return replace(chosen, std=torch.where(where, yes.std, no.std))
+    latents = TrainingLatents(cache, batch_size, seed, rank=rank, world_size=world_size)
+    for step in itertools.count(start_step):
+        yield latents.batch(step)
 
 
 def _read_manifest(path: Path) -> tuple[Manifest, bool]:
@@ -280,19 +281,56 @@ def _read_manifest(path: Path) -> tuple[Manifest, bool]:
     return manifest, manifest.sha256 in ("", _hash_without_seal(content))
 
 
-def _map_shard(file: Path, count: int, manifest: Manifest) -> dict[str, Tensor]:
+def _map_shard(file: Path, count: int, manifest: Manifest) -> Columns:
     """Map a shard's tensors into memory (nothing is read until it is used) and check their names and shapes."""
-    tensors = map_tensors(file)
+    columns = _map_columns(file)
     latents = ["mean", "flip_mean"] if manifest.flips else ["mean"]
     if manifest.posterior == "mean_std":
         latents += [name.replace("mean", "std") for name in latents]
     expected: dict[str, tuple[int, ...]] = {"index": (count,), **dict.fromkeys(latents, (count, *manifest.shape))}
-    if manifest.data.num_classes or "label" in tensors:
+    if manifest.data.num_classes or "label" in columns:
         expected["label"] = (count,)
     for name, shape in expected.items():
-        if name not in tensors or tuple(tensors[name].shape) != shape:
+        if name not in columns or columns[name].shape != shape:
             raise WavelatentError(f"{file} has no {name} of shape {list(shape)}; run encode again with --overwrite")
-    return {name: tensors[name] for name in expected}
+    return {name: columns[name] for name in expected}
+
+
+def _map_columns(file: Path) -> Columns:
+    """Map a safetensors file into memory, shared and read-only. Raises :class:`WavelatentError` naming it.
+
+    safetensors' own mapping is private and writable, which Linux counts as memory that may be needed: it refuses a file
+    larger than the memory (and with ``vm.overcommit_memory=2`` all shards together).
+    """
+    try:
+        with safe_open(str(file), framework="np"):  # checks the header against the size of the file
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+            content = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except (SafetensorError, OSError) as error:
+        raise WavelatentError(f"{file} cannot be read ({error}); run encode again with --overwrite") from error
+    header.pop("__metadata__", None)
+    columns = {}
+    for name, tensor in header.items():
+        begin, end = (8 + length + offset for offset in tensor["data_offsets"])
+        if tensor["dtype"] in _NUMPY_DTYPES:
+            columns[name] = content[begin:end].view(_NUMPY_DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+    return columns
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the process's own limit of open files, where it is one that it may raise, so that ``count`` more fit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 1024  # what else the process has open
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
 def map_tensors(file: Path) -> dict[str, Tensor]:
@@ -302,7 +340,3 @@ def map_tensors(file: Path) -> dict[str, Tensor]:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise WavelatentError(f"{file} cannot be read ({error}); run encode again with --overwrite") from error
-
-
-def _as_float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float()

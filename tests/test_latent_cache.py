@@ -1,4 +1,5 @@
 import json
+import os
 import time
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from wavelatent.common import verification
 from wavelatent.common.errors import UsageError, WavelatentError
-from wavelatent.common.latent_cache import AutoencoderRecord, DataRecord, LatentCache, draw_latents, training_latents
+from wavelatent.common.files import sha256_file
+from wavelatent.common.latent_cache import AutoencoderRecord, DataRecord, LatentCache
 from wavelatent.common.latent_cache_writer import CachePlan, CacheWriter, default_shard_size
 from wavelatent.common.latents import Posterior
-from wavelatent.common.ordering import step_indices
 from wavelatent.common.randomness import generator
 
 COUNT, C, H, W = 23, 3, 2, 4
@@ -295,53 +297,117 @@ def test_other_inputs_are_refused_by_name(tmp_path: Path) -> None:
         LatentCache.open(tmp_path, data_fingerprint="x" * 64)
 
 
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache folder for the user's notes, and files that count as settled at once; returns where the cache goes."""
+    monkeypatch.setenv("WAVELATENT_CACHE", str(tmp_path / "user"))
+    monkeypatch.setattr(verification, "SETTLED_SECONDS", -60.0)
+    return tmp_path / "cache"
+
+
+def test_what_was_verified_is_hashed_again_only_after_a_change(settled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(settled)
+    hashed: list[str] = []
+    monkeypatch.setattr(verification, "sha256_file", lambda file: hashed.append(file.name) or sha256_file(file))
+    LatentCache.open(settled)
+    assert sorted(hashed) == [f"shard-0000{k}.safetensors" for k in range(5)]
+    LatentCache.open(settled)
+    assert len(hashed) == 5
+    file = settled / "shard-00003.safetensors"
+    times = file.stat()
+    flip_a_byte(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if nothing had been written
+    for _ in range(2):
+        with pytest.raises(WavelatentError, match=r"shard-00003\.safetensors .*SHA-256"):
+            LatentCache.open(settled)
+    assert hashed[5:] == [file.name] * 2
+    flip_a_byte(file)
+    LatentCache.open(settled)
+    assert hashed[7:] == [file.name]
+
+
+def test_a_shard_that_was_just_written_is_not_taken_on_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAVELATENT_CACHE", str(tmp_path / "user"))
+    write(tmp_path / "cache")
+    LatentCache.open(tmp_path / "cache")
+    assert not (tmp_path / "user").exists()
+
+
+def test_a_broken_note_of_what_was_verified_is_no_note(settled: Path) -> None:
+    write(settled)
+    LatentCache.open(settled)
+    (note,) = (settled.parent / "user" / "verified").iterdir()
+    note.write_text("{")
+    flip_a_byte(settled / "shard-00001.safetensors")
+    with pytest.raises(WavelatentError, match=r"shard-00001"):
+        LatentCache.open(settled)
+
+
+def sparse_cache(path: Path, megabytes: int) -> LatentCache:
+    """A cache of one shard of ``megabytes`` that is a hole, but for its header and the ends of its index."""
+    shape = (8, 32, 32)
+    count = megabytes * 2**20 // (4 * 8 * 32 * 32)
+    header: dict[str, object] = {}
+    end = 0
+    for name, dtype, dims, size in [("index", "I64", [count], 8), ("mean", "F32", [count, *shape], 4 * 8 * 32 * 32)]:
+        header[name] = {"dtype": dtype, "shape": dims, "data_offsets": [end, end + size * count]}
+        end += size * count
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    path.mkdir()
+    with (path / "shard-00000.safetensors").open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + end)
+        file.seek(8 + len(content) + 8 * (count - 1))
+        file.write((count - 1).to_bytes(8, "little"))  # the last number of the index
+        file.seek(0, 2)
+        file.seek(-4, 1)
+        file.write(np.float32(1.5).tobytes())  # and of the last latent
+    manifest = {
+        "autoencoder": {"fingerprint": "a" * 64, "path": "runs/ae"},
+        "data": {"fingerprint": "d" * 64, "spec": "folder", "transform": {}},
+        "shape": shape,
+        "dtype": "float32",
+        "count": count,
+        "flips": False,
+        "posterior": "deterministic",
+        "stats": {name: [0.0] * 8 for name in ("mean", "std", "min", "max")},
+        "shards": [{"file": "shard-00000.safetensors", "count": count, "sha256": "0" * 64}],
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return LatentCache.open(path, verify=False)
+
+
+def resident_anonymous_mib() -> float:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="memory is read from /proc")
+def test_a_cache_larger_than_memory(tmp_path: Path) -> None:
+    memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    megabytes = int(memory.split()[1]) // 1024 + 32 * 1024
+    try:
+        cache = sparse_cache(tmp_path / "cache", megabytes)
+    except OSError as error:
+        pytest.skip(f"no sparse files of {megabytes} MiB here: {error}")
+    if (tmp_path / "cache" / "shard-00000.safetensors").stat().st_blocks * 512 > 2**20:
+        pytest.skip("no sparse files here")
+    batch = cache.read([0, len(cache) - 1])
+    assert batch.index.tolist() == [0, len(cache) - 1]
+    assert batch.posterior.mean[1, -1, -1, -1] == 1.5
+    random = np.random.default_rng(0)
+    for read in range(80):  # 2 MiB each
+        if read == 10:
+            before = resident_anonymous_mib()
+        assert cache.read(random.integers(1, len(cache) - 1, size=64)).posterior.mean.abs().max() == 0
+    assert resident_anonymous_mib() - before < 32
+
+
 def test_positions_outside_the_cache(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(IndexError, match="cache of 23"):
         LatentCache.open(tmp_path).read([0, COUNT])
-
-
-def take(cache: LatentCache, steps: int, **options: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    stream = training_latents(cache, **{"batch_size": 6, "seed": 9, **options})  # type: ignore[arg-type]
-    return [next(stream) for _ in range(steps)]
-
-
-def test_training_latents_follow_the_order_and_redraw_the_posterior(tmp_path: Path) -> None:
-    write(tmp_path)
-    cache = LatentCache.open(tmp_path)
-    first_epoch_over = COUNT // 6 + 1
-    for step, (raw, labels) in enumerate(take(cache, first_epoch_over)):
-        chosen = step_indices(COUNT, 6, 9, step).tolist()
-        posterior = posterior_of(chosen)
-        assert labels is not None
-        assert labels.tolist() == [i % 4 for i in chosen]
-        noise = torch.stack([torch.randn(C, H, W, generator=generator("posterior", 9, i, step)) for i in chosen])
-        assert posterior.std is not None
-        assert torch.equal(raw, posterior.mean + posterior.std * noise)
-    batch = cache.read([5])
-    assert not torch.equal(draw_latents(batch, 9, 0)[0], draw_latents(batch, 9, 1)[0])
-
-
-def test_training_latents_resume_and_split_over_ranks(tmp_path: Path) -> None:
-    write(tmp_path, flips=True)
-    cache = LatentCache.open(tmp_path)
-    whole = [raw for raw, _ in take(cache, 7)]
-    assert torch.equal(take(cache, 1, start_step=6)[0][0], whole[6])
-    ranks = [[raw for raw, _ in take(cache, 7, batch_size=2, rank=rank, world_size=3)] for rank in range(3)]
-    for step, raw in enumerate(whole):
-        assert torch.equal(torch.cat([ranks[rank][step] for rank in range(3)]), raw)
-
-
-def test_both_sides_of_a_flipped_cache_are_drawn(tmp_path: Path) -> None:
-    write(tmp_path, flips=True)
-    batch = LatentCache.open(tmp_path).read([8])
-    exact = [Posterior(batch.posterior.mean), batch.flip_posterior]
-    assert exact[1] is not None
-    without_noise = type(batch)(exact[0], Posterior(exact[1].mean), None, batch.index)
-    draws = [draw_latents(without_noise, 0, step)[0] for step in range(200)]
-    flipped = sum(torch.equal(raw, exact[1].mean) for raw in draws)
-    assert flipped + sum(torch.equal(raw, exact[0].mean) for raw in draws) == 200
-    assert 70 < flipped < 130
 
 
 def test_default_shards_are_64_mib() -> None:
