@@ -1,0 +1,71 @@
+"""The features of reference images on disk: extracted once per content, network and order, by whoever needs them first.
+
+Rows are kept in files of :data:`PART`; each may hold only its first rows. Files are written whole or not at all, so any
+number of processes may read and write at once: where two extract the same rows, time is lost and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .files import write_atomically
+from .metric_weights import cache_folder
+
+PART = 1000
+
+
+class FeatureNetwork(Protocol):
+    """What makes two networks' features the same."""
+
+    name: str
+    dim: int
+    weights_sha256: str
+
+
+class ReferenceCache:
+    """The features of one data set, in the order that ``seed`` gives its images, in the user's cache.
+
+    Args:
+        data_fingerprint: of the images; it includes their crop and resize.
+        network: what extracts the features.
+        seed: of :func:`.reference_features.choose_images`.
+    """
+
+    def __init__(self, data_fingerprint: str, network: FeatureNetwork, seed: int = 0) -> None:
+        self.identity = {
+            "data": data_fingerprint,
+            "features": f"{network.name}/{network.dim}",
+            "weights": network.weights_sha256,
+            "seed": str(seed),
+        }
+        self.seed, self.dim = seed, network.dim
+        fingerprint = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        self.folder = cache_folder() / "reference-features" / fingerprint[:32]
+
+    def load(self, part: int) -> Tensor:
+        """Return the rows of part ``part`` that are there, ``[n, dim]`` with ``0 <= n <= PART``."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        with suppress(SafetensorError, OSError, KeyError):
+            features = load_file(self._path(part))["features"]
+            if features.ndim == 2 and features.shape[1] == self.dim:
+                return features
+        return torch.empty(0, self.dim)
+
+    def store(self, part: int, features: Tensor) -> None:
+        """Keep the first rows ``[n, dim]`` of part ``part``; a cache that cannot be written costs time only."""
+        from safetensors.torch import save
+
+        with suppress(OSError):
+            write_atomically(self._path(part), save({"features": features.contiguous()}))
+
+    def _path(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.safetensors"
