@@ -4,11 +4,12 @@ All are one extrapolation from a worse denoiser through a better one, ``D = D_wo
 Weight 1 is no guidance and returns the better denoiser itself; 0 is the worse one. (Ho & Salimans write the weight as
 1 + w.)
 
-An interval ``(low, high]`` of noise levels limits guidance to it (Kynkäänniemi et al. 2024, arXiv 2404.07724, equation
-5); elsewhere the better denoiser acts alone and the worse one is not called.
+An interval ``(low, high]`` of noise levels limits guidance to it (Kynkäänniemi et al. 2024, arXiv 2404.07724);
+elsewhere the better denoiser acts alone and the worse one is not called.
 
 The two outputs come from two calls, not from one of twice the batch: that needs no more memory than sampling without
-guidance and no more than the `Denoise` contract, and costs the same once a batch keeps the device busy.
+guidance and no more than the `Denoise` contract. It costs nothing once a batch keeps the device busy: with a small UNet
+on one CPU core two calls took 1.4 times as long as one of twice the batch at 1 image, 1.3 at 4, 1.0 at 16 and 32.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def classifier_free(denoise: Denoise, weight: float, interval: Interval | None =
 
 
 def autoguidance(denoise: Denoise, weaker: Denoise, weight: float, interval: Interval | None = None) -> Denoise:
-    """Return autoguidance (Karras et al. 2024, arXiv 2406.02507, equation 3): away from a weaker model.
+    """Return autoguidance (Karras et al. 2024, arXiv 2406.02507): away from a weaker model.
 
     The weaker model is a smaller or less trained one of the same task; it sees the same labels, which may be None.
     """

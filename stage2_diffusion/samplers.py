@@ -47,8 +47,8 @@ def heun(
 ) -> Tensor:
     """Heun's method, the sampler of EDM (Karras et al. 2022, algorithms 1 and 2). Second order, two calls per step.
 
-    ``churn`` and its bounds are the paper's S_churn, S_min, S_max and S_noise; 0 is the deterministic algorithm 1. The
-    last step, to zero, is an Euler step.
+    ``churn`` and its bounds are the paper's S_churn, S_min, S_max and S_noise; 0 is the deterministic algorithm 1. As
+    there, churn may raise a level above the first of the grid. The last step, to zero, is an Euler step.
     """
     steps = len(sigmas) - 1
     for step, (sigma, sigma_next) in enumerate(_intervals(sigmas)):
@@ -75,7 +75,7 @@ def ddim(
     *,
     eta: float = 0.0,
 ) -> Tensor:
-    """DDIM (Song et al. 2021, arXiv 2010.02502, equation 12) in the variance-exploding frame.
+    """DDIM (Song et al. 2021, arXiv 2010.02502, equations 12 and 16) in the variance-exploding frame.
 
     ``x / sqrt(alpha_bar)`` of that paper is our ``x`` and ``sqrt((1 - alpha_bar) / alpha_bar)`` our sigma. ``eta = 0``
     is the deterministic sampler, in this frame the same as `euler`; ``eta = 1`` is ancestral sampling.

@@ -19,13 +19,15 @@ WITH_ETA = ("ddim", "dpmpp_2m_sde")
 class Sampling:
     """Sampler, noise levels and guidance. Raises :class:`UsageError` for what does not go together.
 
+    Noise levels are the model's own, which its objective has multiplied by its noise shift.
+
     Attributes:
         sampler: a name in :data:`SAMPLERS`.
         steps: noise levels above zero; Heun calls the denoiser twice for each but the last.
         grid: how the levels are spaced, see :mod:`.schedules`.
         rho: exponent of the ``karras`` grid.
-        grid_shift: factor on the levels of the ``shifted`` grid.
-        eta: share of the noise that ``ddim`` and ``dpmpp_2m_sde`` draw anew; None is the sampler's own default.
+        grid_shift: factor on the levels of the ``shifted`` grid, which keeps its ends.
+        eta: how much noise ``ddim`` (0 to 1) and ``dpmpp_2m_sde`` (0 up) draw anew; None is the sampler's own default.
         churn: S_churn of ``heun`` (EDM, algorithm 2), acting between ``churn_min`` and ``churn_max`` with
             ``churn_noise``, the paper's S_min, S_max and S_noise.
         guidance: weight of classifier-free guidance, or of autoguidance where a weaker model is given; 1 is none.

@@ -32,13 +32,13 @@ def exponential_sigmas(steps: int, sigma_min: float, sigma_max: float) -> Tensor
 
 
 def uniform_sigmas(steps: int, objective: Objective) -> Tensor:
-    """Return the grid evenly spaced in the objective's own time."""
+    """Return the grid evenly spaced in the objective's own time; for EDM that is `exponential_sigmas`."""
     _check(steps, objective.sigma_min, objective.sigma_max)
     return _with_ends(objective.sigma_at(_falling(steps, 0.0, 1.0)), objective.sigma_min, objective.sigma_max)
 
 
 def shifted_sigmas(steps: int, objective: Objective, shift: float) -> Tensor:
-    """Return `uniform_sigmas` moved by the shift of Stable Diffusion 3 (Esser et al. 2024, arXiv 2403.03206, eq. 23).
+    """Return `uniform_sigmas` moved by the shift of Stable Diffusion 3 (Esser et al. 2024, section 5.3.2).
 
     There ``t' = shift t / (1 + (shift - 1) t)``, which in our noise levels ``sigma = t / (1 - t)`` is ``shift sigma``.
     A finite range would be left by that, so the map is applied to the fraction of the range that t has covered (ours):
