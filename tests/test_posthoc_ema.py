@@ -129,6 +129,7 @@ def test_half_precision_costs_no_more_than_its_rounding(tmp_path: Path, config: 
     rebuilt = rebuild(tmp_path, 0.07)
     assert rms(rebuilt.state["weight"] - tracked.shown.weight) < (2e-4 if config is EXACT else 6e-4)
     assert {tensor.dtype for tensor in rebuilt.state.values()} == {torch.float32}
+    assert rebuilt.state["shift"].tolist() == [STEPS] * 3  # the newest one's, not a combination
 
 
 def test_a_stored_average_comes_back_as_it_is(tmp_path: Path) -> None:
