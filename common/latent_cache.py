@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +30,13 @@ from torch import Tensor
 
 from .errors import WavelatentError
 from .latents import Posterior
+from .mapped_tensors import MappedTensors, allow_open_files
 from .verification import first_mismatch
 
 MANIFEST = "manifest.json"
 PARTIAL = "partial"
 
 CacheDtype = Literal["float32", "float16"]
-Columns = Mapping[str, NDArray[Any]]
-"""The tensors of a shard by name, ``[N, ...]``, read-only."""
-
-_NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8"}
-"""What a cache holds, by safetensors' names."""
 
 
 class _Record(BaseModel):
@@ -150,7 +145,7 @@ class LatentCache:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        _allow_open_files(len(manifest.shards))
+        allow_open_files(len(manifest.shards))
         self._shards = [_map_shard(path / shard.file, shard.count, manifest) for shard in manifest.shards]
         self._starts = np.cumsum([0, *(shard.count for shard in manifest.shards)])
 
@@ -210,12 +205,17 @@ class LatentCache:
     def num_classes(self) -> int:
         """How many classes the labels count, 0 without labels."""
         recorded = self.manifest.data.num_classes
-        if not recorded and "label" in self._shards[0]:  # written by another program
-            return max(int(shard["label"].max()) for shard in self._shards) + 1
+        if not recorded and "label" in self._shards[0].tensors:  # written by another program
+            return max(int(shard.tensors["label"].max()) for shard in self._shards) + 1
         return recorded
 
-    def rows(self, positions: Sequence[int] | NDArray[np.int64]) -> list[tuple[Columns, int]]:
-        """Return where the rows at ``positions`` are: the columns of the shard, and the row in it. Reads nothing.
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels."""
+        return "label" in self._shards[0].tensors
+
+    def rows(self, positions: Sequence[int] | NDArray[np.int64]) -> list[tuple[MappedTensors, int]]:
+        """Return where the rows at ``positions`` are: the shard, and the row in it. Reads nothing.
 
         Positions are 0 to ``len - 1``, in any order, repeats allowed; others raise :class:`IndexError`.
         """
@@ -229,25 +229,32 @@ class LatentCache:
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> CacheBatch:
         """Return copies of the rows at positions ``indices``; see :meth:`rows`."""
         rows = self.rows(indices)
-
-        def column(name: str) -> Tensor | None:
-            if name not in self._shards[0]:
-                return None
-            first = self._shards[0][name]
-            copied = np.empty((len(rows), *first.shape[1:]), np.int64 if first.ndim == 1 else np.float32)
-            for place, (columns, row) in enumerate(rows):
-                copied[place] = columns[name][row]
-            return torch.from_numpy(copied)
-
-        mean, flip_mean, index = column("mean"), column("flip_mean"), column("index")
-        assert mean is not None, "checked when the shard was mapped"
-        assert index is not None, "checked when the shard was mapped"
+        manifest = self.manifest
+        sides = ["", "flip_"] if manifest.flips else [""]
+        posteriors = [
+            Posterior(
+                _copy(rows, f"{side}mean", manifest.shape),
+                _copy(rows, f"{side}std", manifest.shape) if manifest.posterior == "mean_std" else None,
+            )
+            for side in sides
+        ]
         return CacheBatch(
-            posterior=Posterior(mean, column("std")),
-            flip_posterior=None if flip_mean is None else Posterior(flip_mean, column("flip_std")),
-            labels=column("label"),
-            index=index,
+            posterior=posteriors[0],
+            flip_posterior=posteriors[1] if manifest.flips else None,
+            labels=_copy(rows, "label") if self.labelled else None,
+            index=_copy(rows, "index"),
         )
+
+
+def _copy(rows: list[tuple[MappedTensors, int]], name: str, shape: tuple[int, ...] = ()) -> Tensor:
+    """Return the ``rows`` of the tensor ``name``: latents of ``shape`` in float32, numbers of images in int64."""
+    if shape:
+        for shard, row in rows:
+            shard.will_need(name, row)
+    copied = np.empty((len(rows), *shape), np.float32 if shape else np.int64)
+    for place, (shard, row) in enumerate(rows):
+        copied[place] = shard.tensors[name][row]
+    return torch.from_numpy(copied)
 
 
 def training_latents(
@@ -281,56 +288,19 @@ def _read_manifest(path: Path) -> tuple[Manifest, bool]:
     return manifest, manifest.sha256 in ("", _hash_without_seal(content))
 
 
-def _map_shard(file: Path, count: int, manifest: Manifest) -> Columns:
+def _map_shard(file: Path, count: int, manifest: Manifest) -> MappedTensors:
     """Map a shard's tensors into memory (nothing is read until it is used) and check their names and shapes."""
-    columns = _map_columns(file)
+    shard = MappedTensors(file)
     latents = ["mean", "flip_mean"] if manifest.flips else ["mean"]
     if manifest.posterior == "mean_std":
         latents += [name.replace("mean", "std") for name in latents]
     expected: dict[str, tuple[int, ...]] = {"index": (count,), **dict.fromkeys(latents, (count, *manifest.shape))}
-    if manifest.data.num_classes or "label" in columns:
+    if manifest.data.num_classes or "label" in shard.tensors:
         expected["label"] = (count,)
     for name, shape in expected.items():
-        if name not in columns or columns[name].shape != shape:
+        if name not in shard.tensors or shard.tensors[name].shape != shape:
             raise WavelatentError(f"{file} has no {name} of shape {list(shape)}; run encode again with --overwrite")
-    return {name: columns[name] for name in expected}
-
-
-def _map_columns(file: Path) -> Columns:
-    """Map a safetensors file into memory, shared and read-only. Raises :class:`WavelatentError` naming it.
-
-    safetensors' own mapping is private and writable, which Linux counts as memory that may be needed: it refuses a file
-    larger than the memory (and with ``vm.overcommit_memory=2`` all shards together).
-    """
-    try:
-        with safe_open(str(file), framework="np"):  # checks the header against the size of the file
-            pass
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-            content = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except (SafetensorError, OSError) as error:
-        raise WavelatentError(f"{file} cannot be read ({error}); run encode again with --overwrite") from error
-    header.pop("__metadata__", None)
-    columns = {}
-    for name, tensor in header.items():
-        begin, end = (8 + length + offset for offset in tensor["data_offsets"])
-        if tensor["dtype"] in _NUMPY_DTYPES:
-            columns[name] = content[begin:end].view(_NUMPY_DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
-    return columns
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the process's own limit of open files, where it is one that it may raise, so that ``count`` more fit."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count + 1024  # what else the process has open
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+    return shard
 
 
 def map_tensors(file: Path) -> dict[str, Tensor]:

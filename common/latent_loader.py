@@ -91,21 +91,25 @@ class TrainingLatents:
 
     def draw(self, positions: NDArray[np.int64], step: int) -> tuple[Tensor, Tensor | None]:
         """Return what :meth:`batch` does, of the images at ``positions`` in the cache."""
-        rows = self.cache.rows(positions)
-        index = np.array([columns["index"][row] for columns, row in rows], dtype=np.int64)
-        flips = self.cache.manifest.flips
-        sides = np.where(mirrored(self.seed, index, step), "flip_", "") if flips else np.full(len(rows), "")
-        raw = torch.empty(len(rows), *self.cache.shape, pin_memory=self.pin_memory)
+        rows, manifest = self.cache.rows(positions), self.cache.manifest
+        index = np.array([shard.tensors["index"][row] for shard, row in rows], dtype=np.int64)
+        flipped = mirrored(self.seed, index, step) if manifest.flips else np.zeros(len(rows), np.bool_)
+        sides = ["flip_" if flip else "" for flip in flipped]
+        for (shard, row), side in zip(rows, sides, strict=True):
+            for name in ("mean", "std") if manifest.posterior == "mean_std" else ("mean",):
+                shard.will_need(side + name, row)
+        raw = torch.empty(len(rows), *manifest.shape, pin_memory=self.pin_memory)
         noise = KeyedNoise(self.seed, raw[0].numel())
-        for latent, (columns, row), image, side in zip(raw.numpy(), rows, index.tolist(), sides.tolist(), strict=True):
-            if (std := columns.get(f"{side}std")) is None:
-                latent[...] = columns[f"{side}mean"][row]
+        for latent, (shard, row), side, image in zip(raw.numpy(), rows, sides, index.tolist(), strict=True):
+            mean = shard.tensors[f"{side}mean"][row]
+            if manifest.posterior == "deterministic":
+                latent[...] = mean
                 continue
-            np.multiply(noise(image, step).reshape(latent.shape), std[row], out=latent)
-            np.add(latent, columns[f"{side}mean"][row], out=latent)
-        if "label" not in rows[0][0]:
+            np.multiply(noise(image, step).reshape(latent.shape), shard.tensors[f"{side}std"][row], out=latent)
+            np.add(latent, mean, out=latent)
+        if not self.cache.labelled:
             return raw, None
-        return raw, torch.tensor([int(columns["label"][row]) for columns, row in rows])
+        return raw, torch.tensor([int(shard.tensors["label"][row]) for shard, row in rows])
 
 
 def held_out_positions(count: int, held_out: int) -> NDArray[np.int64]:
