@@ -3,7 +3,8 @@
 Every kind but ``network`` is a function of the signal-to-noise ratio alone, ``SNR = sigma_data^2 / sigma^2``, whatever
 the network predicts, and stands in papers about another prediction as that function divided by SNR (the noise) or by
 SNR + 1 (v). With one of them, every objective minimises the same loss at a given noise level; they still differ in
-which levels they draw. Adding one costs a config, a function and a line in the table.
+which levels they draw. The SNR is that of the noise that is there: a noise shift moves no weight. Adding one costs a
+config, a function and a line in the table.
 """
 
 from __future__ import annotations

@@ -124,8 +124,8 @@ def test_time_is_each_objectives_own():
 def test_the_schedules_are_those_of_diffusers(schedule, arguments):
     schedulers = pytest.importorskip("diffusers.schedulers")
     reference = schedulers.DDPMScheduler(num_train_timesteps=1000, **arguments).alphas_cumprod.double()
-    # Theirs is a float32 product of 1000 factors. The cap's 1 - 0.999 has a float32 error of 6e-5 of itself.
-    torch.testing.assert_close(alphas_cumprod(schedule), reference, rtol=1e-4, atol=0)
+    # Theirs is a float32 product of 1000 factors, one of them 1 - 0.999 where beta is capped.
+    torch.testing.assert_close(alphas_cumprod(schedule), reference, rtol=5e-5, atol=0)
 
 
 def test_levels_above_the_limit_are_left_out():
