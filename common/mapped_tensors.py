@@ -65,13 +65,19 @@ class MappedTensors:
 
 
 def allow_open_files(count: int) -> None:
-    """Raise the process's own limit of open files, as far as it may, so that ``count`` more fit."""
+    """Raise the process's own limit of open files, as far as it may, so that ``count`` more fit.
+
+    Raises :class:`WavelatentError` where they cannot.
+    """
     try:
         import resource
     except ImportError:  # Windows
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise WavelatentError(f"{count} files must be open at once, and only {hard} may: raise the limit (ulimit -Hn)")
     needed = count + 1024  # what else the process has open
     if soft != resource.RLIM_INFINITY and soft < needed:
-        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard)
+        )
