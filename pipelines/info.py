@@ -15,6 +15,7 @@ from ..common.errors import UsageError, WavelatentError
 from ..stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
 from ..stage1_autoencoder.discriminators import DISCRIMINATORS
 from ..stage1_autoencoder.pretrained import resolve_pretrained
+from ..stage2_diffusion.networks import build_network
 from ..stage2_diffusion.unet import UNetConfig
 from .costs import count_flops, count_parameters
 from .diffusion_config import DiffusionRunConfig
