@@ -162,8 +162,8 @@ class LatentCache:
 
         Args:
             path: the cache's folder.
-            verify: check every shard's SHA-256 against the manifest. The first time all are hashed, several at once (a
-                minute for some 100 GB on eight cores); later only those that were touched since, see
+            verify: check every shard's SHA-256 against the manifest. The first time all are hashed, several at once (as
+                fast as the disk gives them, or 1.8 GB/s a core); later only those that were touched since, see
                 :mod:`~wavelatent.common.verification`. Without it only names, sizes and shapes are checked.
             autoencoder_fingerprint: refuse a cache that another autoencoder encoded.
             data_fingerprint: refuse a cache of other images.

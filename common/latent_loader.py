@@ -56,9 +56,9 @@ class TrainingLatents:
     ============= ========= ========= ===================
 
     One thread of :func:`prefetched` is enough while a batch takes less than half a step; else take as many threads as
-    bring it there (a batch of 256 of 32x32x32 in steps of 30 ms: four). Reading both sides and
-    seeding a generator of PyTorch's for every image took 1.2 (smallest shape) to 4.7 times as long. From a disk the
-    limit is the disk: only the chosen rows are read, and all of a batch are asked for at once.
+    bring it there (a batch of 256 of 32x32x32 in steps of 30 ms: four), and a core that nothing else wants for each.
+    Reading both sides and seeding a generator of PyTorch's for every image took 1.2 (smallest shape) to 4.7 times as
+    long. From a disk the limit is the disk: only the chosen rows are read, and all of a batch are asked for at once.
 
     Args:
         cache: what to draw from.
