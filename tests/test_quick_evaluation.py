@@ -1,6 +1,7 @@
 """The quick FID during training, with a six-number stand-in for Inception; one test uses the real network."""
 
 import json
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ from wavelatent.stage2_diffusion.sampling import Sampling
 SIZE, COUNT = 16, 14
 SETTINGS = {"num_samples": 10, "num_reference": 9, "batch_size": 3, "sampling": Sampling("euler", 2)}
 Values = dict[str, float] | None
+PATIENCE = 120
+"""Seconds that a process of several may take."""
 
 
 class TinyInception:
@@ -119,6 +122,8 @@ def evaluate(
     """Return what each of ``calls`` calls gave in each process."""
 
     def work() -> None:
+        if processes > 1:
+            signal.alarm(PATIENCE)  # a process that waits for another is killed, and the test fails
         with accelerated(RuntimeOptions(device="cpu")) as accelerator:
             assert accelerator.num_processes == processes
             quick, model = evaluation(accelerator), make_model(num_classes)
