@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from wavelatent.common.nn import ResBlock, SelfAttention, add_to_new, fast_layout, silu_of_new
+from wavelatent.common.nn import ResBlock, SelfAttention, add_to_new, attention, fast_layout, group_norm, silu_of_new
 
 
 def maps(*shape: int) -> torch.Tensor:
@@ -55,3 +56,60 @@ def test_in_place_forms_reuse_the_new_tensor_and_equal_the_plain_ones():
     torch.testing.assert_close(total, expected_sum)
     torch.testing.assert_close(activated, expected_silu)
     assert mixed.dtype == torch.float32  # what the plain sum promotes to
+
+
+def same_gradients(first, second, *inputs, tolerance=1e-5):
+    """Both functions' outputs, and the gradients of a fixed sum of them, agree."""
+    results = []
+    for function in (first, second):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        out = function(*leaves)
+        weights = maps(*out.shape).to(out.dtype)
+        results.append([out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def plain_block(block, x, embedding):
+    """The residual block as its docstring states it."""
+    h = block.conv1(F.silu(F.group_norm(x, block.norm1.num_groups, block.norm1.weight, block.norm1.bias, 1e-6)))
+    h = F.group_norm(h, block.norm2.num_groups, block.norm2.weight, block.norm2.bias, 1e-6)
+    scale, shift = block.modulation(embedding).chunk(2, dim=1)
+    h = h * (1 + scale[..., None, None]) + shift[..., None, None]
+    return block.skip(x) + block.conv2(F.silu(h))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_modulated_block_is_the_plain_form_in_either_layout(layout):
+    plain, block = ResBlock(12, 8, embedding_channels=7), ResBlock(12, 8, embedding_channels=7)
+    block.load_state_dict(plain.state_dict())
+    block.to(memory_format=layout)
+    same_gradients(
+        lambda x, e: plain_block(plain, x, e),
+        lambda x, e: block(x.contiguous(memory_format=layout), e),
+        maps(2, 12, 5, 6),
+        maps(3, 7)[:2],
+    )
+
+
+def test_attention_takes_either_layout_and_is_the_plain_product():
+    block = SelfAttention(12, head_channels=4)
+
+    def plain(x):
+        q, k, v = block.qkv(block.norm(x)).reshape(2, 3, 3, 4, 30).unbind(1)  # [B, heads, c, N]
+        weights = (q.transpose(2, 3) @ k / 4**0.5).softmax(-1)
+        return x + block.out((v @ weights.transpose(2, 3)).reshape(2, 12, 5, 6))
+
+    for layout in (torch.contiguous_format, torch.channels_last):
+        same_gradients(plain, lambda x, layout=layout: block(x.contiguous(memory_format=layout)), maps(2, 12, 5, 6))
+
+
+def test_half_precision_attention_and_normalisation_are_float32_rounded_once():
+    q, k, v = (maps(3, 2, 4, 6, 5)[i].bfloat16() for i in range(3))
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention(q, k, v), exact.bfloat16())
+    norm, x = group_norm(12), maps(2, 12, 5, 6).bfloat16()
+    expected = F.group_norm(x.float(), norm.num_groups, eps=1e-6).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(x.contiguous(memory_format=torch.channels_last)), expected)

@@ -109,6 +109,22 @@ def test_nothing_happens_after_a_step():
     assert all(torch.equal(one, other) for one, other in zip(before, network.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_channels_last_gives_what_the_plain_layout_gives(training):
+    network = randomised(UNet(TINY, in_channels=5)).train(training)
+    x, noise_label = torch.randn(2, 5, 4, 6), torch.tensor([0.1, -0.5])
+    assert network.down[0].residual.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    outputs = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        network.to(memory_format=layout)
+        with torch.set_grad_enabled(training):
+            out = network(x.contiguous(memory_format=layout), noise_label)
+        gradients = torch.autograd.grad(out.square().mean(), list(network.parameters())) if training else ()
+        outputs.append([out.detach(), *gradients])
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_a_size_that_cannot_be_halved_says_how_to_fix_it():
     with pytest.raises(ValueError, match="divide by 2"):
         UNet(TINY, in_channels=5)(torch.randn(2, 5, 4, 7), torch.zeros(2))
