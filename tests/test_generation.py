@@ -129,6 +129,9 @@ def test_autoguidance_leads_away_from_the_weaker_model(classes, weak_classes, la
     expected = weak + 3 * (model.denoise(x, sigma, labels) - weak)
     denoise = guided_denoiser(model, labels, Sampling(guidance=3.0), weaker)
     torch.testing.assert_close(denoise(x, sigma, labels), expected, rtol=1e-4, atol=1e-4)
+    limited = guided_denoiser(model, labels, Sampling(guidance=3.0, guidance_interval=(0.5, 2.0)), weaker)
+    expected[[0, 2]] = model.denoise(x, sigma, labels)[[0, 2]]
+    torch.testing.assert_close(limited(x, sigma, labels), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_weaker_model_of_other_latents_or_classes_is_refused():
