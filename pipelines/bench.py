@@ -6,13 +6,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..common.errors import UsageError
@@ -87,7 +87,7 @@ def bench_autoencoder(
     where = resolve_device(device)
     batch = batch_size or (CPU_BATCH if where.type == "cpu" else GPU_BATCH)
     names = [PEER, *(name for name in dict.fromkeys(models or MODELS) if name != PEER)]
-    about, load = environment(), _load_average()  # as it begins
+    about, load = environment(), load_average()  # as it begins
     rows: list[dict[str, Any]] = []
     for direction in DIRECTIONS:
         measured_as = _measured_as(names, direction)
@@ -99,30 +99,46 @@ def bench_autoencoder(
             rows += [
                 _row(name, measured_as[name], direction, precision, batch, seconds, costs, peaks) for name in names
             ]
-    result = {"rows": rows, **compare(rows), "protocol": _protocol(about, size, batch, where, repeats, load)}
+    protocol = {"peer": PEER, "method": METHOD, "size": size, "batch_size": batch}
+    result = {"rows": rows, **compare(rows), "protocol": protocol | conditions(about, where, repeats, load)}
     if out is not None:
-        write_atomically(out, json.dumps(result, indent=1) + "\n")
+        write_result(out, result)
     return result
+
+
+def write_result(out: Path, result: Mapping[str, Any]) -> None:
+    """Write the result of a benchmark as JSON."""
+    write_atomically(out, json.dumps(result, indent=1) + "\n")
 
 
 def time_rounds(
     halves: Mapping[str, Half], batch_size: int, device: torch.device, precision: MixedPrecision, rounds: int
 ) -> dict[str, list[float]]:
     """Return the seconds per image of every model in every round."""
-    inputs, passes = {}, {}
+    passes: dict[str, Callable[[], None]] = {}
     for name, half in halves.items():
         half.modules.to(device)
         generator = torch.Generator().manual_seed(0)
-        inputs[name] = torch.randn(batch_size, *half.input_shape, generator=generator).to(device)
-        first = _time(half, inputs[name], precision, 1)
-        once = first if first > 2 * SAMPLE_SECONDS else _time(half, inputs[name], precision, 1)
-        passes[name] = max(1, round(SAMPLE_SECONDS / once))
-    seconds: dict[str, list[float]] = {name: [] for name in halves}
+        inputs = torch.randn(batch_size, *half.input_shape, generator=generator).to(device)
+        passes[name] = partial(one_pass, half.compute, inputs, precision)
+    seconds = time_passes(passes, device, rounds, precision)
+    return {name: [taken / batch_size for taken in values] for name, values in seconds.items()}
+
+
+def time_passes(
+    passes: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, what: str
+) -> dict[str, list[float]]:
+    """Return the seconds per pass of every function in every round; ``what`` says in the log what is timed."""
+    counts = {}
+    for name, compute in passes.items():
+        first = _time(compute, device, 1)
+        once = first if first > 2 * SAMPLE_SECONDS else _time(compute, device, 1)
+        counts[name] = max(1, round(SAMPLE_SECONDS / once))
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
     for number in range(rounds):
-        print(f"bench: round {number + 1} of {rounds} ({precision}, {len(halves)} models)", file=sys.stderr, flush=True)
-        for name, half in halves.items():
-            taken = _time(half, inputs[name], precision, passes[name])
-            seconds[name].append(taken / (passes[name] * batch_size))
+        print(f"bench: round {number + 1} of {rounds} ({what}, {len(passes)} models)", file=sys.stderr, flush=True)
+        for name, compute in passes.items():
+            seconds[name].append(_time(compute, device, counts[name]) / counts[name])
     return seconds
 
 
@@ -137,15 +153,15 @@ def _clock(device: torch.device) -> str:
     return "cpu" if torch.get_num_threads() == 1 else "wall"
 
 
-def _time(half: Half, inputs: Tensor, precision: MixedPrecision, passes: int) -> float:
+def _time(compute: Callable[[], object], device: torch.device, passes: int) -> float:
     """Return the seconds that so many passes take."""
 
     def run() -> None:
         for _ in range(passes):
-            one_pass(half.compute, inputs, precision)
+            compute()
 
-    if inputs.device.type == "cuda":
-        with torch.cuda.device(inputs.device):
+    if device.type == "cuda":
+        with torch.cuda.device(device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             start.record()
@@ -153,7 +169,7 @@ def _time(half: Half, inputs: Tensor, precision: MixedPrecision, passes: int) ->
             end.record()
             torch.cuda.synchronize()
             return start.elapsed_time(end) / 1000
-    now = time.process_time if _clock(inputs.device) == "cpu" else time.perf_counter
+    now = time.process_time if _clock(device) == "cpu" else time.perf_counter
     began = now()
     run()
     return now() - began
@@ -255,37 +271,35 @@ def describe(result: Mapping[str, Any]) -> str:
         speed, flops, share, memory = (result[table][group].get(name) for table in tables)
         peak = row["peak_memory_bytes"]
         figures = (
-            _digits(row["images_per_second"], 2),
-            _digits(speed, 2),
-            _digits(flops, 2),
-            _digits(share, 2),
-            _digits(None if peak is None else peak / 1e6, 0),
-            _digits(memory, 2),
-            _digits(row["parameters"] / 1e6, 2),
-            _digits(row["flops_per_image"] / 1e9, 1),
+            digits(row["images_per_second"], 2),
+            digits(speed, 2),
+            digits(flops, 2),
+            digits(share, 2),
+            digits(None if peak is None else peak / 1e6, 0),
+            digits(memory, 2),
+            digits(row["parameters"] / 1e6, 2),
+            digits(row["flops_per_image"] / 1e9, 1),
         )
         lines.append(f"| {row['direction']} {row['precision']} | {name} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
-def _digits(value: float | None, digits: int) -> str:
+def digits(value: float | None, digits: int) -> str:
+    """Return a table's cell: a number to so many decimals, or nothing."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _protocol(
-    about: Mapping[str, Any], size: int, batch_size: int, device: torch.device, rounds: int, load: float | None
+def conditions(
+    about: Mapping[str, Any], device: torch.device, rounds: int, load_before: float | None
 ) -> dict[str, Any]:
+    """Return the part of a benchmark's protocol that says where, when and by which clock it was measured."""
     return {
-        "peer": PEER,
-        "method": METHOD,
-        "size": size,
-        "batch_size": batch_size,
         "rounds": rounds,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "clock": CLOCKS[_clock(device)],
         "tf32_convolutions": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
-        "load_average": [load, _load_average()],
+        "load_average": [load_before, load_average()],
         "versions": {**about["versions"], "diffusers": metadata.version("diffusers")},
         "git_commit": about["git_commit"],
         "hardware": about["hardware"],
@@ -293,6 +307,6 @@ def _protocol(
     }
 
 
-def _load_average() -> float | None:
+def load_average() -> float | None:
     """Return how many processes wanted a core in the last minute, where the system says."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
