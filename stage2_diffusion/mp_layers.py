@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..common.nn import attention
+
 SILU_MAGNITUDE = 0.596
 """Magnitude of SiLU of a standard normal variable (eq. 81)."""
 
@@ -140,7 +142,8 @@ class MPAttention(nn.Module):
         """Return ``x`` mixed with what attention makes of it."""
         height, width = x.shape[-2:]
         qkv = rearrange(self.qkv(x), "b (n heads c) h w -> n b heads (h w) c", n=3, heads=self.heads)
-        q, k, v = pixel_norm(qkv.contiguous(), dim=-1)  # the fused kernels take channels that lie side by side
-        attended = F.scaled_dot_product_attention(q, k, v)  # [B, heads, h*w, c]
+        if qkv.stride(-1) != 1:  # the fused kernels take channels that lie side by side, and nothing else
+            qkv = qkv.contiguous()
+        attended = attention(*pixel_norm(qkv, dim=-1))  # [B, heads, h*w, c]
         attended = rearrange(attended, "b heads (h w) c -> b (heads c) h w", h=height, w=width)
         return mp_sum(x, self.out(attended), self.balance)

@@ -51,6 +51,8 @@ class MPUNet(nn.Module):
     None -> like ``x``: the raw network F of EDM. ``h`` and ``w`` must divide by 2 to the number of levels less one
     (`check_size`). With ``num_classes > 0``, ``labels=None``, and the label ``num_classes``, ask for the unconditional
     output. A new network returns zero. Call `after_step` after every step of the optimiser and before averaging.
+
+    Weights and feature maps are channels last, as in `UNet`.
     """
 
     gradient_checkpointing: bool = False
@@ -93,6 +95,7 @@ class MPUNet(nn.Module):
         assert not skips, "every skip is used once"
         self.out = MPConv(width, in_channels, 3)
         self.out_gain = nn.Parameter(torch.zeros(()))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ``ValueError``, with the fix, where feature maps of this size cannot be halved often enough."""
@@ -110,7 +113,8 @@ class MPUNet(nn.Module):
         self.check_size(*x.shape[-2:])
         embedding = self._embed(noise_label, labels)  # [B, embedding]
         ones = torch.ones_like(x[:, :1])  # in place of biases
-        h = self.stem(torch.cat([x, ones], dim=1))  # [B, channels, h, w]
+        x = torch.cat([x, ones], dim=1).contiguous(memory_format=torch.channels_last)
+        h = self.stem(x)  # [B, channels, h, w]
         skips = [h]
         for layer in self.down:
             h = self._run(layer, h, embedding)
