@@ -101,7 +101,7 @@ class UNet(nn.Module):
         assert not skips, "every skip is used once"
         self.norm = group_norm(width)
         self.out = zero_init(nn.Conv2d(width, in_channels, 3, padding=1))
-        self.to(memory_format=torch.channels_last)
+        self.apply(_channels_last_weight)
 
     def _block(self, in_channels: int, out_channels: int, embedding: int, attention: bool) -> Block:
         head_channels = self.config.head_channels if attention else None
@@ -219,3 +219,9 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """``[B, C, h, w]`` -> ``[B, C, 2h, 2w]``; the embedding is not used."""
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def _channels_last_weight(module: nn.Module) -> None:
+    """Give a convolution that was just made its weight in channels last; tensors without data do, unlike with ``to``."""
+    if isinstance(module, nn.Conv2d):
+        module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))
