@@ -38,6 +38,8 @@ def _options(*options: Decorator) -> Decorator:
 
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+MAX_SEEDS = 10_000_000
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result on stdout as one JSON object.")
 SEED = click.option("--seed", type=int, default=None, help="Seed of everything random.")
 NO_SEED = click.option(
@@ -81,8 +83,29 @@ DEVICE = _options(
 SAMPLER = _options(
     click.option("--sampler", default=None, help="heun (default), euler, euler_ancestral, ddim, dpmpp_2m, ..."),
     click.option("--steps", type=click.IntRange(min=1), default=None, help="Noise levels (default 32)."),
+    click.option("--grid", default=None, help="Their spacing: karras (default), exponential, uniform, shifted."),
+    click.option("--rho", type=float, default=None, help="Exponent of the karras grid (7)."),
+    click.option("--grid-shift", type=float, default=None, help="Factor on the levels of the shifted grid."),
+    click.option("--eta", type=float, default=None, help="Share of noise that ddim and dpmpp_2m_sde draw anew."),
+    click.option("--churn", type=float, default=None, help="S_churn of heun; 0 (default) draws no noise."),
+    click.option("--churn-min", type=float, default=None, help="Lowest noise level with churn."),
+    click.option("--churn-max", type=float, default=None, help="Highest noise level with churn."),
+    click.option("--churn-noise", type=float, default=None, help="Scale of the noise of churn (1)."),
+    click.option("--guidance", type=float, default=None, help="Weight of guidance; 1 (default) is none."),
+    click.option(
+        "--guidance-interval", type=float, nargs=2, default=None, metavar="LOW HIGH",
+        help="Noise levels within which guidance acts; all by default.",
+    ),
+    click.option("--guide", type=FOLDER, default=None, help="Autoguidance by this weaker run."),
+    click.option("--guide-ema", type=float, default=None, metavar="WIDTH", help="EMA width of the weaker run."),
+    click.option("--ema", type=float, default=None, metavar="WIDTH", help="EMA width; the first kept by default."),
     click.option("--label", type=click.IntRange(min=0), default=None, help="The class of every image."),
-)
+    click.option(
+        "--pass-rows", type=click.IntRange(min=1), default=None,
+        help="Images per pass of the networks (16); part of what decides an image's last bits.",
+    ),
+    TILE,
+)  # fmt: skip
 TRAINING = _options(
     click.argument("config"),
     click.argument("overrides", nargs=-1, metavar="[key=value]..."),
@@ -244,37 +267,78 @@ def train_diffusion(out: Path, dry_run: bool, as_json: bool, latents: Path, **ar
 def _seeds(text: str) -> list[int]:
     """Parse ``0-49999`` or ``1,5,7-9``."""
     try:
-        ranges = [part.partition("-") for part in text.split(",")]
-        seeds = [n for low, dash, high in ranges for n in range(int(low), int(high if dash else low) + 1)]
+        parts = [part.partition("-") for part in text.split(",")]
+        ranges = [range(int(low), int(high if dash else low) + 1) for low, dash, high in parts]
     except ValueError as error:
         raise UsageError(f"--seeds {text}: give a range as in 0-49999, or a list as in 1,5,7-9") from error
+    if (count := sum(max(0, part.stop - part.start) for part in ranges)) > MAX_SEEDS:
+        raise UsageError(f"--seeds {text}: these are {count:,}; give at most {MAX_SEEDS:,} at a time")
+    seeds = [seed for part in ranges for seed in part]
     if not seeds or len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds {text}: the range is empty or names a seed twice")
     return seeds
 
 
+def _sample_options(arguments: dict[str, Any]) -> Any:
+    """Take the options of SAMPLER and the precision out of ``arguments``; return them as one."""
+    from dataclasses import fields
+
+    from wavelatent.pipelines.sample_images import SampleOptions
+    from wavelatent.stage2_diffusion.sampling import Sampling
+
+    sampling = Sampling(**_given({field.name: arguments.pop(field.name) for field in fields(Sampling)}))
+    others = [field.name for field in fields(SampleOptions) if field.name != "sampling"]
+    return SampleOptions(sampling, **_given({name: arguments.pop(name) for name in others}))
+
+
 @cli.command()
 @click.option("--run", type=FOLDER, required=True, help="Run folder of train-diffusion.")
 @OUT
-@click.option("--num", type=click.IntRange(min=1), default=None, help="How many images, with seeds from --seed on.")
+@click.option(
+    "--num", type=click.IntRange(1, MAX_SEEDS), default=None, help="How many images, with seeds from --seed on."
+)
 @click.option("--seeds", default=None, help="Their seeds: 0-49999 or 1,5,7-9.")
 @SAMPLER
+@click.option("--npz", type=FILE, default=None, help="Write them as one .npz, as ADM's evaluation reads it.")
+@click.option(
+    "--contact-sheet",
+    is_flag=False,
+    flag_value="",
+    default=None,
+    metavar="[FILE]",
+    help="Write the first 64 as one PNG; contact-sheet.png by default.",
+)
+@click.option("--interpolate", type=click.IntRange(min=0), nargs=2, default=None, metavar="A B", help="Two seeds.")
+@click.option("--points", type=click.IntRange(min=2), default=None, help="Images of the interpolation (8).")
 @click.option("--ae", "autoencoder", default=None, help="The recorded autoencoder, where it has moved.")
-@TILE
+@MINUTES
 @OVERWRITE
-@BATCH
+@click.option("--batch-size", type=click.IntRange(min=1), default=None, help="Images between two writes.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The first seed of --num.")
 @DEVICE
 @JSON
-def sample(as_json: bool, num: int | None, seeds: str | None, seed: int, **arguments: Any) -> None:
+def sample(
+    as_json: bool, num: int | None, seeds: str | None, seed: int, contact_sheet: str | None, **arguments: Any
+) -> None:
     """Draw latents, decode them and write <seed>.png."""
+    from wavelatent.pipelines.sample import Extras
     from wavelatent.pipelines.sample import sample as run
 
-    if (num is None) == (seeds is None):
+    interpolate = arguments.pop("interpolate")
+    if (num is None) == (seeds is None) and not (interpolate and num is None):
         raise UsageError("give either --num N or --seeds A-B")
     chosen = _seeds(seeds) if seeds is not None else list(range(seed, seed + (num or 0)))
-    result = run(seeds=chosen, **_given(arguments))
-    _emit(result, as_json, f"{result['samples']}: {result['count']} samples ({result['written']} new)")
+    options = _sample_options(arguments)
+    extras = {name: arguments.pop(name) for name in ("npz", "points")}
+    if contact_sheet is not None:
+        extras["contact_sheet"] = Path(contact_sheet or arguments["out"] / "contact-sheet.png")
+    result = run(
+        seeds=chosen, options=options, extras=Extras(interpolate=interpolate, **_given(extras)), **_given(arguments)
+    )
+    lines = [f"{result['samples']}: {result['count']} samples ({result['written']} new)"]
+    lines += [f"{name}: {result[name]}" for name in ("npz", "contact_sheet") if name in result]
+    lines += [f"interpolation: {len(result['interpolation']) - 1} images"] if interpolate else []
+    _emit(result, as_json, "\n".join(lines))
 
 
 @cli.group()
@@ -322,7 +386,8 @@ def generation(as_json: bool, **arguments: Any) -> None:
     """FID, KID, precision and recall of samples against a data set."""
     from wavelatent.pipelines.evaluate import evaluate_generation
 
-    _emit_metrics(evaluate_generation(**_given(arguments)).to_dict(), as_json)
+    options = _sample_options(arguments)
+    _emit_metrics(evaluate_generation(options=options, **_given(arguments)).to_dict(), as_json)
 
 
 def _shard(text: str) -> tuple[int, int]:

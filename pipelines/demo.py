@@ -25,6 +25,7 @@ from ..common.files import write_atomically
 from ..common.images import open_data
 from ..common.metric_weights import MissingWeightsError, load_weights
 from ..common.runtime import MixedPrecision, RuntimeOptions
+from ..stage2_diffusion.sampling import Sampling
 from .demo_processes import run_children, stop_with_parent
 from .diffusion_config import DiffusionRunConfig
 from .encode import encode
@@ -33,6 +34,7 @@ from .prepare import prepare
 from .report import report
 from .run_config import AutoencoderRunConfig
 from .sample import sample
+from .sample_images import SampleOptions
 from .train_autoencoder import train_autoencoder
 from .train_diffusion import train_diffusion
 
@@ -236,8 +238,7 @@ def run_variant(out: Path, variant: str, plan: Plan) -> None:
         folder / "diffusion",
         folder / "samples",
         range(plan.evaluated),
-        sampler=SAMPLER,
-        steps=SAMPLER_STEPS,
+        SampleOptions(Sampling(SAMPLER, SAMPLER_STEPS)),
         device="cpu",
     )
     evaluate_reconstruction(str(folder / "autoencoder"), faces, num_images=plan.evaluated, device="cpu")

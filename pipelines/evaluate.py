@@ -22,6 +22,7 @@ from ..common.reference_features import choose_images, reference_features, stopp
 from ..common.runtime import MixedPrecision, StopRequest, autocast, check_precision, environment, resolve_device
 from ..stage1_autoencoder.tiling import TiledAutoencoder, tiled
 from .loading import load_autoencoder
+from .sample_images import DEFAULT_OPTIONS, SampleOptions
 from .sample_sources import RunSamples, SampleFolder, SampleSource
 
 if TYPE_CHECKING:
@@ -118,9 +119,7 @@ def evaluate_generation(
     run: Path | None = None,
     num: int | None = None,
     seeds: Sequence[int] | None = None,
-    sampler: str = "heun",
-    steps: int = 32,
-    label: int | None = None,
+    options: SampleOptions = DEFAULT_OPTIONS,
     out: Path | None = None,
     num_reference: int | None = None,
     size: int | None = None,
@@ -129,7 +128,6 @@ def evaluate_generation(
     seed: int = 0,
     reference_seed: int = 0,
     device: str = "auto",
-    mixed_precision: MixedPrecision = "no",
     overwrite: bool = False,
 ) -> Result:
     """Measure FID, KID, precision and recall of samples in a folder, or drawn here from a run, against ``data``.
@@ -140,19 +138,16 @@ def evaluate_generation(
         run: a stage-2 run folder; its samples are drawn in memory.
         num: how many samples; None is every one in the folder. A run needs it, or ``seeds``.
         seeds: the seeds to sample a run with; None is ``num`` of them from ``seed`` on.
-        sampler: for a run.
-        steps: of the sampler.
-        label: the class of every sample of a run; None is what ``sample`` does.
+        options: what decides the samples of a run besides the seeds, as in ``sample``.
         out: folder (or ``.json`` file) for ``metrics.json``; by default in the samples' folder, or
             ``evaluation-generation`` in the run's.
         num_reference: how many reference images, the first of the order drawn from ``reference_seed``; None is all.
         size: side of the reference images in pixels; None is the data's own.
         max_bad_fraction: how many unreadable or too small files of ``data`` may be skipped.
-        batch_size: images per pass.
+        batch_size: images per pass of the metrics; ``options.pass_rows`` is that of the sampling.
         seed: the first seed to sample a run with, as in ``sample``.
         reference_seed: draws the order of the reference images; another order is another cache entry.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        mixed_precision: of the sampling; metrics are always computed in float32.
         overwrite: measure again.
 
     Raises:
@@ -163,21 +158,13 @@ def evaluate_generation(
     """
     begin = time.monotonic()
     place = resolve_device(device)
-    check_precision(place, mixed_precision)
+    check_precision(place, options.mixed_precision)
     images = open_data(data, size=size, max_bad_fraction=max_bad_fraction)
     source: SampleSource
     if samples is not None and run is None:
         source, folder = SampleFolder(samples, num), samples
     elif run is not None and samples is None:
-        source = RunSamples(
-            run,
-            _seeds(num, seeds, seed),
-            sampler=sampler,
-            steps=steps,
-            label=label,
-            device=str(place),
-            mixed_precision=mixed_precision,
-        )
+        source = RunSamples(run, _seeds(num, seeds, seed), options, device=place)
         folder = run / "evaluation-generation"
     else:
         raise UsageError("give either --samples DIR, or --run RUN with --num N")

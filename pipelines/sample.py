@@ -2,205 +2,159 @@
 
 from __future__ import annotations
 
-import json
-import re
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from ..common.config import parse_yaml
 from ..common.errors import Stopped, UsageError
-from ..common.files import sha256_file, write_atomically
-from ..common.images import save_png, to_uint8
-from ..common.runtime import MixedPrecision, StopRequest, autocast, resolve_device
+from ..common.runtime import RuntimeOptions, StopRequest, accelerated
 from ..stage1_autoencoder.autoencoder import Autoencoder
-from ..stage1_autoencoder.tiling import TiledAutoencoder, tiled
-from ..stage2_diffusion.generation import draw_labels, generate_latents
-from ..stage2_diffusion.model import LatentDiffusion
-from ..stage2_diffusion.samplers import SAMPLERS
-from .diffusion_run import load_diffusion, read_inputs, recorded_autoencoder
+from .sample_folder import SampleWriter
+from .sample_images import DEFAULT_OPTIONS, ImageSampler, SampleOptions, whole_passes
 
-MANIFEST = "samples.json"
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MAX_SEED = 2**63
 
 
-def sample_images(
-    run: Path,
-    seeds: Sequence[int],
-    *,
-    batch_size: int = 64,
-    sampler: str = "heun",
-    steps: int = 32,
-    label: int | None = None,
-    device: str = "auto",
-    mixed_precision: MixedPrecision = "no",
-    autoencoder: str | Autoencoder | None = None,
-    tile: int | None = None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield ``(seeds of the batch, uint8 images [B, 3, H, W])`` until every seed has had its image.
+@dataclass(frozen=True)
+class Extras:
+    """What ``sample`` makes besides the images.
 
-    The image of a seed does not depend on the batch it is in, up to the rounding of floating point.
-
-    Args:
-        run: run folder of ``train-diffusion``.
-        seeds: one per image.
-        batch_size: images per pass.
-        sampler: a name in :data:`SAMPLERS`.
-        steps: noise levels; Heun calls the denoiser twice per step.
-        label: the class of every image; by default a class-conditional run draws one uniformly by the seed.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        mixed_precision: the precision that both networks run in.
-        autoencoder: the recorded autoencoder, where it is no longer at the recorded path.
-        tile: decode in tiles of so many pixels (:mod:`..stage1_autoencoder.tiling`), for images that do not fit in
-            memory.
-
-    Raises:
-        UsageError: an unknown sampler, a label that the run has no class for, or a tile that does not suit the
-            autoencoder.
-        WavelatentError: the run has no model yet, or its autoencoder is missing or has changed.
+    Attributes:
+        npz: file for ADM's evaluation, see :meth:`SampleWriter.save_npz`.
+        contact_sheet: PNG file for the first images, in rows.
+        interpolate: two seeds, for ``out/interpolate-<A>-<B>-<point>.png`` from one to the other and a strip of all.
+        points: images of the interpolation.
     """
-    where = resolve_device(device)
-    inputs = read_inputs(run)
-    model = load_diffusion(run).to(where)
-    _check(model, sampler, steps, label)
-    decoder = tiled(recorded_autoencoder(inputs["autoencoder"], autoencoder).to(where), tile)
-    if isinstance(decoder, TiledAutoencoder):
-        print(decoder.describe("decode"), file=sys.stderr)
-    for start in range(0, len(seeds), batch_size):
-        batch = list(seeds[start : start + batch_size])
-        with torch.inference_mode(), autocast(where, mixed_precision):
-            raw = generate_latents(model, batch, labels=_labels(model, batch, label), sampler=sampler, steps=steps)
-            images = decoder.decode(raw)
-        yield batch, to_uint8(images.float()).cpu()
+
+    npz: Path | None = None
+    contact_sheet: Path | None = None
+    interpolate: tuple[int, int] | None = None
+    points: int = 8
+
+
+NO_EXTRAS = Extras()
 
 
 def sample(
     run: Path,
     out: Path,
     seeds: Sequence[int],
+    options: SampleOptions = DEFAULT_OPTIONS,
     *,
+    extras: Extras = NO_EXTRAS,
     batch_size: int = 64,
-    sampler: str = "heun",
-    steps: int = 32,
-    label: int | None = None,
     device: str = "auto",
-    mixed_precision: MixedPrecision = "no",
     autoencoder: str | Autoencoder | None = None,
+    max_minutes: float | None = None,
     overwrite: bool = False,
-    tile: int | None = None,
 ) -> dict[str, Any]:
     """Write the image of every seed as ``out/<seed, 6 digits>.png``; what is there already is kept.
 
-    ``out/samples.json`` records how the images were made; images made otherwise are not mixed with them. The arguments
-    are those of :func:`sample_images`.
+    ``out/samples.json`` records how the images were made; images made otherwise are not mixed with them. Under
+    ``torchrun`` the processes share the seeds (``torchrun --nproc_per_node 8 -- cli.py sample --run RUN ...``: without
+    the ``--`` it takes ``--run`` for an option of its own). Several commands may also fill one folder, each with seeds
+    of its own.
+
+    Args:
+        run: run folder of ``train-diffusion``.
+        out: folder for the images.
+        seeds: one per image, each once.
+        options: what decides the images besides.
+        extras: what to make besides the images, when all are there.
+        batch_size: images between two writes (and two looks at whether to stop), raised to whole passes; it does not
+            change the images.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; of several processes each takes the GPU of its local rank.
+        autoencoder: the recorded autoencoder, where it is no longer at the recorded path.
+        max_minutes: stop after so many minutes.
+        overwrite: remove the samples that are there first.
 
     Returns:
-        ``samples``, ``count``, ``written``, ``seconds`` and what ``samples.json`` records.
+        ``samples``, ``count``, ``written``, ``seconds``, ``npz``, ``contact_sheet`` and ``interpolation`` where they
+        were asked for, and what ``samples.json`` records.
 
     Raises:
-        UsageError: ``out`` holds other files or other samples; see also :func:`sample_images`.
-        Stopped: on SIGTERM or SIGINT.
+        UsageError: ``out`` holds other files or other samples, or a seed is negative; see also :class:`ImageSampler`.
+        WavelatentError: the run has no model yet, or its autoencoder is missing or has changed.
+        Stopped: by ``max_minutes`` or a signal; the same command goes on.
     """
     begin = time.monotonic()
-    record = protocol(run, sampler=sampler, steps=steps, label=label, mixed_precision=mixed_precision, tile=tile)
-    if tile is not None:  # one that does not suit is refused before the folder records it
-        autoencoder = recorded_autoencoder(read_inputs(run)["autoencoder"], autoencoder)
-        tiled(autoencoder, tile)
-    _open_folder(out, record, overwrite)
-    missing = [seed for seed in seeds if not _path(out, seed).exists()]
-    if missing:
-        batches = sample_images(
-            run,
-            missing,
-            batch_size=batch_size,
-            sampler=sampler,
-            steps=steps,
-            label=label,
-            device=device,
-            mixed_precision=mixed_precision,
-            autoencoder=autoencoder,
-            tile=tile,
-        )
-        with StopRequest() as stop, tqdm(total=len(seeds), initial=len(seeds) - len(missing), desc="sample") as bar:
-            for batch, images in batches:
-                for seed, image in zip(batch, images, strict=True):
-                    save_png(_path(out, seed), image.permute(1, 2, 0).numpy())
-                bar.update(len(batch))
-                if stop.reason and bar.n < len(seeds):
-                    raise Stopped(f"stopped by {stop.reason} with {bar.n} of {len(seeds)} images; run again to go on")
+    _check_seeds([*seeds, *(extras.interpolate or ())])
+    runtime = RuntimeOptions(device=device, mixed_precision=options.mixed_precision)
+    with StopRequest(max_minutes) as stop, accelerated(runtime) as accelerator:
+        place = device if accelerator.num_processes == 1 else accelerator.device
+        sampler = ImageSampler(run, options, device=place, autoencoder=autoencoder)
+        writer = SampleWriter(out, sampler.protocol())
+        writer.check(overwrite)
+        if overwrite or writer.missing(seeds) or extras.interpolate:
+            _ = sampler.decoder  # what is wrong with it is said before the folder records anything
+        accelerator.wait_for_everyone()  # all have looked at the folder, before one of them changes it
+        if accelerator.is_main_process:
+            writer.open(overwrite)
+        missing = _agreed(writer.missing(seeds), accelerator)
+        _write_missing(sampler, writer, seeds, missing, batch_size, accelerator, stop)
+        made = _make_extras(sampler, writer, seeds, extras) if accelerator.is_main_process else {}
+        accelerator.wait_for_everyone()
     seconds = round(time.monotonic() - begin, 3)
-    return {"samples": str(out), "count": len(seeds), "written": len(missing), "seconds": seconds, **record}
+    counts = {"samples": str(out), "count": len(seeds), "written": len(missing), "seconds": seconds}
+    return {**counts, **made, **writer.record}
 
 
-def protocol(
-    run: Path,
-    *,
-    sampler: str,
-    steps: int,
-    label: int | None = None,
-    mixed_precision: MixedPrecision = "no",
-    tile: int | None = None,
-) -> dict[str, Any]:
-    """Return everything that decides the image of a seed, as ``samples.json`` and ``metrics.json`` record it."""
-    inputs = read_inputs(run)
-    model = load_diffusion(run)
-    _check(model, sampler, steps, label)
-    by_seed = "uniform by seed" if model.num_classes else None
-    config = parse_yaml((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
-    return {
-        "run": str(run.resolve()),
-        "model_sha256": sha256_file(run / "model" / "model.safetensors"),
-        "autoencoder_fingerprint": inputs["autoencoder"]["fingerprint"],
-        "sampler": sampler,
-        "steps": steps,
-        "ema": config["train"]["ema"],
-        "label": by_seed if label is None else label,
-        "mixed_precision": mixed_precision,
-        "tile": tile,
-    }
+def _check_seeds(seeds: Sequence[int]) -> None:
+    for seed in seeds:
+        if not 0 <= seed < MAX_SEED:
+            raise UsageError(f"seed {seed}: give seeds from 0 to 2^63 - 1")
 
 
-def _check(model: LatentDiffusion, sampler: str, steps: int, label: int | None) -> None:
-    if sampler not in SAMPLERS:
-        raise UsageError(f"--sampler {sampler}: unknown; choose one of {', '.join(SAMPLERS)}")
-    if steps < 1:
-        raise UsageError(f"--steps {steps}: sampling needs at least 1 step")
-    if label is not None and not 0 <= label < model.num_classes:
-        has = f"the classes 0 to {model.num_classes - 1}" if model.num_classes else "no classes"
-        raise UsageError(f"label {label}: this run was trained with {has}")
+def _agreed(missing: list[int], accelerator: Accelerator) -> list[int]:
+    """Return the first process's list in all: the folder may change while they look."""
+    if accelerator.num_processes == 1:
+        return missing
+    from accelerate.utils import broadcast_object_list
+
+    return list(broadcast_object_list([missing])[0])
 
 
-def _labels(model: LatentDiffusion, seeds: Sequence[int], label: int | None) -> Tensor | None:
-    if label is not None:
-        return torch.full((len(seeds),), label)
-    return draw_labels(seeds, model.num_classes) if model.num_classes else None
+def _write_missing(
+    sampler: ImageSampler,
+    writer: SampleWriter,
+    seeds: Sequence[int],
+    missing: list[int],
+    batch_size: int,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> None:
+    """Draw and write this process's share of ``missing``. All processes stop together, by :class:`Stopped`."""
+    world, batch = accelerator.num_processes, whole_passes(batch_size, sampler.options.pass_rows)
+    share = missing[accelerator.process_index :: world]
+    rounds = -(-len(missing) // (world * batch))  # as many in every process, so that they can agree after each
+    there = len(seeds) - len(missing)
+    with tqdm(total=len(seeds), initial=there, desc="sample", disable=not accelerator.is_main_process) as bar:
+        for number in range(rounds):
+            if chosen := share[number * batch : (number + 1) * batch]:
+                writer.write(chosen, sampler.draw(chosen))
+            bar.update(min(world * batch, len(seeds) - bar.n))
+            reason = stop.agreed(accelerator)
+            if reason and number + 1 < rounds:
+                raise Stopped(f"stopped by {reason} with {bar.n} of {len(seeds)} images; run again to go on")
+    accelerator.wait_for_everyone()
 
 
-def _path(out: Path, seed: int) -> Path:
-    return out / f"{seed:06d}.png"
-
-
-def _open_folder(out: Path, record: dict[str, Any], overwrite: bool) -> None:
-    """Make ``out`` a folder of samples made as ``record`` says, or raise :class:`UsageError` where it is another."""
-    manifest = out / MANIFEST
-    if overwrite and manifest.exists():
-        for path in out.iterdir():
-            if re.fullmatch(r"\d{6,}\.png", path.name):
-                path.unlink()
-        manifest.unlink()
-    if manifest.exists():
-        recorded = json.loads(manifest.read_text(encoding="utf-8"))
-        differing = [key for key in record if key != "run" and recorded.get(key) != record[key]]
-        if differing:
-            raise UsageError(
-                f"{out} holds samples made with another {', '.join(differing)}; "
-                "give another --out, or --overwrite to start again"
-            )
-    elif out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UsageError(f"{out} is not an empty folder nor one of samples; give another --out")
-    write_atomically(manifest, json.dumps(record, indent=2) + "\n")
+def _make_extras(sampler: ImageSampler, writer: SampleWriter, seeds: Sequence[int], extras: Extras) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    if extras.interpolate is not None:
+        images = sampler.interpolate(extras.interpolate, extras.points)
+        made["interpolation"] = writer.save_interpolation(extras.interpolate, images)
+    if extras.npz is not None and seeds:
+        writer.save_npz(extras.npz, seeds, sampler.labels(seeds))
+        made["npz"] = str(extras.npz)
+    if extras.contact_sheet is not None and seeds:
+        writer.save_contact_sheet(extras.contact_sheet, seeds)
+        made["contact_sheet"] = str(extras.contact_sheet)
+    return made

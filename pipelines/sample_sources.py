@@ -16,7 +16,8 @@ from torch import Tensor
 from ..common.errors import UsageError, WavelatentError
 from ..common.files import sha256_file
 from ..common.image_folders import IMAGE_EXTENSIONS
-from ..common.runtime import MixedPrecision
+from .sample_folder import MANIFEST, is_sample
+from .sample_images import DEFAULT_OPTIONS, ImageSampler, SampleOptions, batches
 
 LOSSLESS = frozenset({".bmp", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff"})
 
@@ -36,6 +37,8 @@ class SampleSource(Protocol):
 class SampleFolder:
     """The images directly in a folder, by name; the first ``num`` of them, or all.
 
+    In a folder that ``sample`` wrote they are the images of seeds, by seed, and nothing else that it made there.
+
     Raises:
         UsageError: there is no such folder.
         WavelatentError: there are none or fewer than ``num``, or one is in a lossy format, whose artefacts move FID.
@@ -44,7 +47,7 @@ class SampleFolder:
     def __init__(self, root: Path, num: int | None) -> None:
         if not root.is_dir():
             raise UsageError(f"--samples {root}: there is no such folder")
-        paths = sorted(path for path in root.iterdir() if _is_image(path))
+        paths = _images(root)
         if lossy := [path for path in paths if path.suffix.lower() not in LOSSLESS]:
             raise WavelatentError(
                 f"{lossy[0]} is in a lossy format ({len(lossy)} such files): its artefacts would change FID; "
@@ -95,50 +98,29 @@ class SampleFolder:
 
 
 class RunSamples:
-    """Samples drawn from a stage-two run, one per seed; see :func:`.sample.sample_images` for the options."""
+    """Samples drawn from a stage-two run, one per seed, by the very function that ``sample`` writes its images with."""
 
     def __init__(
         self,
         run: Path,
         seeds: Sequence[int],
+        options: SampleOptions = DEFAULT_OPTIONS,
         *,
-        sampler: str,
-        steps: int,
-        label: int | None = None,
-        device: str = "auto",
-        mixed_precision: MixedPrecision = "no",
+        device: str | torch.device = "auto",
     ) -> None:
-        self.run, self.seeds = run, seeds
-        self.sampler, self.steps, self.label = sampler, steps, label
-        self.device, self.mixed_precision = device, mixed_precision
+        self.seeds = seeds
+        self._sampler = ImageSampler(run, options, device=device)
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def protocol(self) -> dict[str, Any]:
         """Return what decides the images: the run's weights, the sampler and the seeds."""
-        from .sample import protocol
-
-        record = protocol(
-            self.run, sampler=self.sampler, steps=self.steps, label=self.label, mixed_precision=self.mixed_precision
-        )
-        return {**record, "seeds": describe_seeds(self.seeds)}
+        return {**self._sampler.protocol(), "seeds": describe_seeds(self.seeds)}
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """Yield them as uint8 ``[B,3,H,W]``."""
-        from .sample import sample_images
-
-        drawn = sample_images(
-            self.run,
-            self.seeds,
-            batch_size=batch_size,
-            sampler=self.sampler,
-            steps=self.steps,
-            label=self.label,
-            device=self.device,
-            mixed_precision=self.mixed_precision,
-        )
-        for _, images in drawn:
+        for _, images in batches(self._sampler, self.seeds, batch_size):
             yield images
 
 
@@ -146,11 +128,11 @@ def _sampling_record(folder: Path) -> dict[str, Any]:
     """Return what ``sample`` wrote beside its images; nothing for images that came from elsewhere."""
     unknown = {"sampler": None, "steps": None, "ema": None}
     try:
-        return {**unknown, **json.loads((folder / "samples.json").read_text(encoding="utf-8"))}
+        return {**unknown, **json.loads((folder / MANIFEST).read_text(encoding="utf-8"))}
     except FileNotFoundError:
         return unknown
     except ValueError as error:
-        raise WavelatentError(f"{folder / 'samples.json'} is damaged: draw the samples again") from error
+        raise WavelatentError(f"{folder / MANIFEST} is damaged: draw the samples again") from error
 
 
 def describe_seeds(seeds: Sequence[int]) -> str:
@@ -158,6 +140,12 @@ def describe_seeds(seeds: Sequence[int]) -> str:
     if list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
         return f"{seeds[0]}-{seeds[-1]}"
     return ",".join(map(str, seeds))
+
+
+def _images(root: Path) -> list[Path]:
+    if (root / MANIFEST).is_file():
+        return sorted((path for path in root.iterdir() if is_sample(path)), key=lambda path: int(path.stem))
+    return sorted(path for path in root.iterdir() if _is_image(path))
 
 
 def _is_image(path: Path) -> bool:

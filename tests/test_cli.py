@@ -72,9 +72,13 @@ def test_the_pipeline_command_by_command(run, folder, monkeypatch):
     code, out, _ = run(*sample, "--num", 3, "--seed", 4)
     assert code == 0
     assert json.loads(out)["written"] == 3
-    code, out, _ = run(*sample, "--seeds", "4-6,9")
-    assert (code, json.loads(out)["written"]) == (0, 1)
-    names = sorted(path.name for path in (folder / "samples").glob("*.png"))
+    extras = ["--npz", folder / "samples.npz", "--contact-sheet", "--interpolate", 4, 9, "--points", 3]
+    code, out, _ = run(*sample, "--seeds", "4-6,9", *extras)
+    result = json.loads(out)
+    assert (code, result["written"], len(result["interpolation"])) == (0, 1, 4)
+    assert Path(result["npz"]).stat().st_size > 4 * 32 * 32 * 3
+    assert Path(result["contact_sheet"]) == folder / "samples" / "contact-sheet.png"
+    names = sorted(path.name for path in (folder / "samples").glob("0*.png"))
     assert names == ["000004.png", "000005.png", "000006.png", "000009.png"]
     assert Image.open(folder / "samples" / names[0]).size == (32, 32)
 
@@ -115,6 +119,12 @@ def test_another_autoencoder_or_data_set_is_refused_by_name(run, folder):
         (["sample", "--run", "nowhere", "--out", "x", "--num", "1"], 1, "nowhere"),
         (["sample", "--run", "nowhere", "--out", "x"], 2, "--num N or --seeds"),
         (["sample", "--run", "nowhere", "--out", "x", "--seeds", "5-1"], 2, "empty"),
+        (["sample", "--run", "nowhere", "--out", "x", "--seeds", "0-99999999999"], 2, "give at most 10,000,000"),
+        (["sample", "--run", "nowhere", "--out", "x", "--seeds", "-3"], 2, "0-49999"),
+        (["sample", "--run", "nowhere", "--out", "x", "--num", "1", "--sampler", "heum"], 2, "heun"),
+        (["sample", "--run", "nowhere", "--out", "x", "--num", "1", "--grid", "karas"], 2, "karras"),
+        (["sample", "--run", "nowhere", "--out", "x", "--num", "1", "--guide", "y"], 2, "--guidance 2"),
+        (["sample", "--run", "nowhere", "--out", "x", "--num", "1", "--eta", "0.5"], 2, "no effect"),
         (["sample", "--run", "nowhere", "--out", "x", "--seeds", "some"], 2, "0-49999"),
         (["smaple"], 2, "smaple"),
     ],
@@ -136,6 +146,39 @@ def test_whatever_reads_images_can_be_told_how_many_may_be_bad(run, command):
     code, out, _ = run(*command.split(), "--help")
     assert code == 0
     assert "--max-bad-fraction" in out
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate generation"])
+def test_whatever_samples_takes_every_option_of_sampling(run, command):
+    from dataclasses import fields
+
+    from wavelatent.pipelines.sample_images import SampleOptions
+    from wavelatent.stage2_diffusion.sampling import Sampling
+
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0
+    names = [field.name for kind in (Sampling, SampleOptions) for field in fields(kind) if field.name != "sampling"]
+    assert [name for name in names if f"--{name.replace('_', '-')} " not in out] == []
+
+
+def test_the_options_of_sampling_reach_it(run, monkeypatch, tmp_path):
+    asked = {}
+
+    def sample(**arguments):
+        asked.update(arguments)
+        return {"samples": "", "count": 0, "written": 0}
+
+    monkeypatch.setattr("wavelatent.pipelines.sample.sample", sample)
+    options = ["--sampler", "heun", "--churn", 20, "--churn-max", 5, "--guidance", 2, "--guidance-interval", 0.2, 3]
+    more = ["--guide", tmp_path, "--guide-ema", 0.2, "--ema", 0.05, "--label", 1, "--pass-rows", 8, "--tile", 32]
+    code, _, err = run("sample", "--run", "r", "--out", "o", "--num", 2, *options, *more, "--mixed-precision", "bf16")
+    assert (code, err) == (0, "")
+    got = asked["options"]
+    assert (got.sampling.churn, got.sampling.churn_max, got.sampling.churn_min) == (20, 5, 0)
+    assert (got.sampling.guidance, got.sampling.guidance_interval) == (2, (0.2, 3))
+    assert (got.guide, got.guide_ema, got.ema, got.label) == (tmp_path, 0.2, 0.05, 1)
+    assert (got.pass_rows, got.tile, got.mixed_precision) == (8, 32, "bf16")
+    assert asked["seeds"] == [0, 1]
 
 
 def test_a_dry_run_prints_the_resolved_config_and_writes_nothing(run, tmp_path):

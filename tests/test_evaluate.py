@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from wavelatent.common import evaluation, reference_features
+from wavelatent.common import evaluation, reference_cache, reference_features
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
 from wavelatent.common.feature_distances import FeatureStatistics, frechet_distance
 from wavelatent.common.image_metrics import psnr, ssim
@@ -22,6 +22,8 @@ from wavelatent.common.latents import Posterior
 from wavelatent.common.metric_weights import MissingWeightsError
 from wavelatent.pipelines import evaluate
 from wavelatent.pipelines.evaluate import evaluate_generation, evaluate_reconstruction
+from wavelatent.pipelines.sample_images import SampleOptions
+from wavelatent.stage2_diffusion.sampling import Sampling
 
 SIZE, COUNT = 32, 12
 
@@ -87,7 +89,7 @@ def samples(tmp_path) -> Path:
 def tiny(monkeypatch, tmp_path) -> None:
     TinyInception.images_seen = 0
     monkeypatch.setattr(evaluate, "InceptionFeatures", TinyInception)
-    monkeypatch.setattr(reference_features, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(reference_cache, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr("wavelatent.pipelines.evaluate.load_autoencoder", lambda spec: HalfSize())
 
 
@@ -235,24 +237,28 @@ def test_a_run_is_sampled_in_memory(data, samples, monkeypatch, tmp_path):
     images = _pixels(samples)
     asked = []
 
-    def sample_images(run, seeds, *, batch_size, **options):
-        asked.append((run, list(seeds), options["sampler"], options["steps"]))
-        for start in range(0, len(seeds), batch_size):
-            chosen = list(seeds[start : start + batch_size])
-            yield chosen, images[chosen]
+    class Sampler:
+        def __init__(self, run, options, *, device):
+            self.run, self.options = run, options
 
-    monkeypatch.setattr("wavelatent.pipelines.sample.sample_images", sample_images)
-    monkeypatch.setattr(
-        "wavelatent.pipelines.sample.protocol", lambda run, **options: {"model_sha256": "m", "ema": 1, **options}
-    )
+        def protocol(self):
+            return {"model_sha256": "m", "ema": 1, "sampler": self.options.sampling.sampler}
+
+        def draw(self, seeds):
+            asked.append((self.run, list(seeds)))
+            return images[list(seeds)]
+
+    monkeypatch.setattr("wavelatent.pipelines.sample_sources.ImageSampler", Sampler)
     run = tmp_path / "run"
-    drawn = evaluate_generation(run=run, num=COUNT, data=str(data), batch_size=5, sampler="euler", steps=3)
-    assert asked == [(run, list(range(COUNT)), "euler", 3)]
+    options = SampleOptions(Sampling("euler", 3), pass_rows=3)
+    drawn = evaluate_generation(run=run, num=COUNT, data=str(data), batch_size=5, options=options)
+    assert asked == [(run, list(range(6))), (run, list(range(6, 12)))]  # whole passes
     assert drawn.metrics == pytest.approx(evaluate_generation(samples=samples, data=str(data)).metrics)
     assert (run / "evaluation-generation" / "metrics.json").exists()
-    assert (drawn.protocol["sampler"], drawn.protocol["steps"], drawn.protocol["seeds"]) == ("euler", 3, "0-11")
-    evaluate_generation(run=run, num=2, seed=7, data=str(data), out=tmp_path)
-    assert asked[-1] == (run, [7, 8], "heun", 32)
+    assert (drawn.protocol["sampler"], drawn.protocol["seeds"]) == ("euler", "0-11")
+    drawn = evaluate_generation(run=run, num=2, seed=7, data=str(data), out=tmp_path)
+    assert asked[-1] == (run, [7, 8])
+    assert drawn.protocol["sampler"] == "heun"
     with pytest.raises(UsageError, match="--run needs --num"):
         evaluate_generation(run=run, data=str(data))
 

@@ -20,9 +20,11 @@ from wavelatent.pipelines.encode import encode
 from wavelatent.pipelines.loading import load_autoencoder
 from wavelatent.pipelines.run_config import AutoencoderRunConfig
 from wavelatent.pipelines.sample import sample
+from wavelatent.pipelines.sample_images import SampleOptions
 from wavelatent.pipelines.train_autoencoder import train_autoencoder
 from wavelatent.pipelines.train_diffusion import train_diffusion
 from wavelatent.stage1_autoencoder.pretrained import PretrainedEncoderConfig
+from wavelatent.stage2_diffusion.sampling import Sampling
 
 CPU = RuntimeOptions(device="cpu")
 
@@ -95,7 +97,7 @@ class HalfMeans:
 def test_every_command_takes_a_diffusers_autoencoder(folder, tmp_path, monkeypatch):
     """encode, train-diffusion, sample and both evaluations, and again from the folder's new place."""
     monkeypatch.setattr(evaluate, "InceptionFeatures", HalfMeans)
-    monkeypatch.setattr("wavelatent.common.reference_features.cache_folder", lambda: tmp_path / "features")
+    monkeypatch.setattr("wavelatent.common.reference_cache.cache_folder", lambda: tmp_path / "features")
     monkeypatch.chdir(tmp_path)
     cache, run = tmp_path / "cache", tmp_path / "run"
     encode("diffusers:kl", "synthetic:8", cache, size=16, device="cpu")
@@ -104,15 +106,23 @@ def test_every_command_takes_a_diffusers_autoencoder(folder, tmp_path, monkeypat
     assert manifest.posterior == "mean_std"
     assert manifest.autoencoder.path == f"diffusers:{folder}"
     assert encode("diffusers:kl", "synthetic:8", cache, size=16, device="cpu")["already_complete"]
-    network = {"channels": 8, "multipliers": [1], "num_res_blocks": 1, "attention_levels": [], "head_channels": 8}
+    network = {
+        "kind": "unet",
+        "channels": 8,
+        "multipliers": [1],
+        "num_res_blocks": 1,
+        "attention_levels": [],
+        "head_channels": 8,
+    }
     train = {"steps": 2, "batch_size": 4, "sample_every": 0}
     config = DiffusionRunConfig.model_validate({"model": network, "train": train})
     assert train_diffusion(config, latents=cache, out=run, options=CPU)
-    options = {"steps": 2, "device": "cpu"}
+    options = {"options": SampleOptions(Sampling(steps=2), pass_rows=4), "device": "cpu"}
     assert sample(run, tmp_path / "samples", [3, 5, 7], **options)["written"] == 3
     folder.rename(tmp_path / "moved")
     with pytest.raises(WavelatentError, match="kl: no such folder"):
         sample(run, tmp_path / "again", [3], **options)
+    assert not (tmp_path / "again").exists()
     assert sample(run, tmp_path / "again", [3], autoencoder="diffusers:moved", **options)["written"] == 1
     assert (tmp_path / "again" / "000003.png").read_bytes() == (tmp_path / "samples" / "000003.png").read_bytes()
     reconstruction = evaluate.evaluate_reconstruction("diffusers:moved", "synthetic:8", size=16, device="cpu")

@@ -16,10 +16,12 @@ from wavelatent.pipelines.diffusion_config import DiffusionRunConfig
 from wavelatent.pipelines.encode import encode
 from wavelatent.pipelines.evaluate import evaluate_reconstruction
 from wavelatent.pipelines.loading import load_autoencoder
-from wavelatent.pipelines.sample import sample, sample_images
+from wavelatent.pipelines.sample import sample
+from wavelatent.pipelines.sample_images import SampleOptions, sample_images
 from wavelatent.pipelines.train_diffusion import train_diffusion
 from wavelatent.stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
 from wavelatent.stage1_autoencoder.tiling import TiledAutoencoder
+from wavelatent.stage2_diffusion.sampling import Sampling
 
 DATA, SIZE = "synthetic:3", 32
 MODEL = {
@@ -28,7 +30,14 @@ MODEL = {
     "channels": 5,
 }
 DENOISER = {
-    "model": {"channels": 8, "multipliers": [1], "num_res_blocks": 1, "attention_levels": [], "head_channels": 8},
+    "model": {
+        "kind": "unet",
+        "channels": 8,
+        "multipliers": [1],
+        "num_res_blocks": 1,
+        "attention_levels": [],
+        "head_channels": 8,
+    },
     "train": {"steps": 1, "batch_size": 2, "sample_every": 0},
 }
 
@@ -88,13 +97,13 @@ def test_sampling_in_tiles_is_recorded_and_not_mixed(ae: str, cache: Path, tmp_p
     run, out = tmp_path / "run", tmp_path / "samples"
     config = DiffusionRunConfig.model_validate(DENOISER)
     train_diffusion(config, latents=cache, out=run, options=RuntimeOptions(device="cpu"))
-    options = {"sampler": "euler", "steps": 1, "device": "cpu"}
+    options = {tile: SampleOptions(Sampling("euler", 1), tile=tile, pass_rows=1) for tile in (None, 16, 30)}
     with pytest.raises(UsageError, match="--tile 30"):
-        sample(run, out, [7], tile=30, **options)
-    assert sample(run, out, [7], tile=16, **options)["tile"] == 16
+        sample(run, out, [7], options[30], device="cpu")
+    assert sample(run, out, [7], options[16], device="cpu")["tile"] == 16
     with pytest.raises(UsageError, match="another tile"):
-        sample(run, out, [7, 8], **options)
-    (_, whole), (_, pieces) = (next(sample_images(run, [7], tile=tile, **options)) for tile in (None, 16))
+        sample(run, out, [7, 8], options[None], device="cpu")
+    (_, whole), (_, pieces) = (next(sample_images(run, [7], options[tile], device="cpu")) for tile in (None, 16))
     assert whole.shape == pieces.shape == (1, 3, SIZE, SIZE)
     assert not torch.equal(whole, pieces)
 

@@ -1,4 +1,4 @@
-"""Stage two from a cache to images: the training loop, its command, and sampling."""
+"""Stage two on a cache: the training loop and its command."""
 
 import json
 import math
@@ -7,10 +7,8 @@ import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,18 +21,15 @@ from wavelatent.common.randomness import generator
 from wavelatent.common.runtime import RuntimeOptions
 from wavelatent.pipelines.diffusion_config import DiffusionRunConfig
 from wavelatent.pipelines.diffusion_run import load_diffusion
-from wavelatent.pipelines.sample import sample, sample_images
 from wavelatent.pipelines.train_diffusion import train_diffusion
 from wavelatent.stage2_diffusion import trainer as trainer_module
-from wavelatent.stage2_diffusion.generation import draw_labels, generate_latents
 from wavelatent.stage2_diffusion.model import LatentDiffusion
-from wavelatent.stage2_diffusion.samplers import SAMPLERS
 
 C, H, W, COUNT, CLASSES = 3, 4, 8, 13, 2
 CPU = RuntimeOptions(device="cpu")
 CONFIG = {
     "model": {
-        "channels": 8, "multipliers": [1, 2], "num_res_blocks": 1, "attention_levels": [1], "head_channels": 8,
+        "kind": "unet", "channels": 8, "multipliers": [1, 2], "num_res_blocks": 1, "attention_levels": [1], "head_channels": 8,
         "dropout": 0.1,
     },
     "train": {
@@ -245,8 +240,6 @@ def test_options_that_do_not_fit_the_cache_are_refused(cache: Path, tmp_path: Pa
 
 
 def test_a_model_whose_files_do_not_belong_together_is_refused(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(WavelatentError, match="not a run folder"):
-        sample(tmp_path, tmp_path / "out", [0], device="cpu")
     broken = tmp_path / "broken"
     shutil.copytree(trained, broken)
     file = broken / "model" / "model.safetensors"
@@ -256,75 +249,3 @@ def test_a_model_whose_files_do_not_belong_together_is_refused(trained: Path, tm
     shutil.rmtree(broken / "model")
     with pytest.raises(WavelatentError, match="has no model yet"):
         load_diffusion(broken)
-
-
-def test_another_autoencoder_than_the_recorded_one_is_refused_by_name(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(WavelatentError, match=r"not the autoencoder that made the latents.*bbbb.*aaaa"):
-        sample(trained, tmp_path, [0], steps=2, device="cpu", autoencoder=TinyAutoencoder("b" * 64))
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_an_image_depends_on_its_seed_and_not_on_its_batch(trained: Path, sampler: str) -> None:
-    options = {"sampler": sampler, "steps": 5, "device": "cpu"}
-    seeds = [3, 1, 4, 159, 2]
-    together = dict(zip(seeds, next(sample_images(trained, seeds, **options))[1], strict=True))
-    for batch, images in sample_images(trained, seeds[::-1], batch_size=2, **options):
-        for seed, image in zip(batch, images, strict=True):
-            assert image.shape == (3, 2 * H, 2 * W)
-            assert (image.int() - together[seed].int()).abs().max() <= 1
-    assert (together[3].int() - together[1].int()).abs().max() > 5
-
-    model = load_diffusion(trained)
-    labels = draw_labels(seeds, CLASSES)
-    latents = generate_latents(model, seeds, labels=labels, sampler=sampler, steps=5)
-    alone = generate_latents(model, seeds[3:4], labels=labels[3:4], sampler=sampler, steps=5)
-    torch.testing.assert_close(model.whitening(latents[3:4]), model.whitening(alone), rtol=0, atol=1e-5)
-
-
-def test_sampling_resumes_and_refuses_to_mix(trained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "samples"
-    result = sample(trained, out, range(5), batch_size=2, steps=2, device="cpu")
-    assert {p.name for p in out.iterdir()} == {*(f"{seed:06d}.png" for seed in range(5)), "samples.json"}
-    assert result["written"] == 5
-    assert result["label"] == "uniform by seed"
-    first = (out / "000003.png").read_bytes()
-    with Image.open(out / "000003.png") as image:
-        written = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    assert torch.equal(written, next(sample_images(trained, [2, 3], steps=2, device="cpu"))[1][1])
-    (out / "000003.png").unlink()
-    assert sample(trained, out, range(7), batch_size=2, steps=2, device="cpu")["written"] == 3
-    assert (out / "000003.png").read_bytes() == first
-    with pytest.raises(UsageError, match="another steps, label"):
-        sample(trained, out, range(7), steps=3, label=1, device="cpu")
-    assert sample(trained, out, range(2), steps=3, device="cpu", overwrite=True)["written"] == 2
-    assert len(list(out.glob("*.png"))) == 2
-
-
-def test_a_label_is_the_class_of_every_image(trained: Path) -> None:
-    seeds = list(range(6))
-    drawn = draw_labels(seeds, CLASSES).tolist()
-    assert set(drawn) == {0, 1}
-    images = {label: next(sample_images(trained, seeds, steps=2, label=label, device="cpu"))[1] for label in (0, 1)}
-    default = next(sample_images(trained, seeds, steps=2, device="cpu"))[1]
-    for seed, label in enumerate(drawn):
-        assert (default[seed].int() - images[label][seed].int()).abs().max() <= 1
-    assert not torch.equal(images[0], images[1])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"sampler": "heum"}, "heun"), ({"steps": 0}, "at least 1 step"), ({"label": 2}, "classes 0 to 1")],
-)
-def test_wrong_options_of_sample_are_usage_errors(
-    trained: Path, tmp_path: Path, options: dict[str, object], message: str
-) -> None:
-    with pytest.raises(UsageError, match=message):
-        sample(trained, tmp_path / "out", [0], device="cpu", **options)  # type: ignore[arg-type]
-    assert not (tmp_path / "out").exists()
-
-
-def test_sample_leaves_foreign_folders_alone(trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UsageError, match="not an empty folder"):
-        sample(trained, tmp_path, [0], device="cpu", overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]

@@ -1,0 +1,267 @@
+"""The images of a stage-two run in memory: what decides them, and the one function that draws them.
+
+The image of a seed is the same whatever else is drawn. Its noise and its class come from the seed alone, but that is
+not enough: a library chooses its kernels by the shape of a batch, kernels add up in different orders, and a difference
+in the last bit turns a pixel value that lies halfway. Measured with PyTorch 2.13 on a CPU, an image differs between
+passes of 1, 2, 4 and 16 rows, and not at all with its place in a pass nor with the images beside it. So every pass of
+the denoiser and of the decoder has :attr:`SampleOptions.pass_rows` rows, the last one filled up with repeats, however
+many images are asked for at a time and by however many processes.
+
+That makes images equal to the bit on one kind of device, with one number of threads per process and the same versions
+of the libraries; nothing more is promised. (The number of threads may choose a kernel too: passes of 16 rows were equal
+with 1 and 2 threads, those of 8 were not. ``torchrun`` gives each process one thread unless ``OMP_NUM_THREADS`` says
+otherwise.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.config import parse_yaml
+from ..common.errors import UsageError, WavelatentError
+from ..common.images import to_uint8
+from ..common.runtime import MixedPrecision, autocast, resolve_device
+from ..stage1_autoencoder.autoencoder import Autoencoder
+from ..stage1_autoencoder.tiling import TiledAutoencoder, tiled
+from ..stage2_diffusion.generation import draw_labels, evaluations, generate_interpolation, generate_latents
+from ..stage2_diffusion.model import LatentDiffusion
+from ..stage2_diffusion.sampling import DEFAULT_SAMPLING, Sampling
+from .diffusion_run import load_diffusion, read_inputs, recorded_autoencoder
+from .ema_snapshots import load_diffusion_at_width
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What decides the images besides the run and the seeds.
+
+    Attributes:
+        sampling: sampler, noise levels and guidance.
+        label: the class of every image; by default a class-conditional run draws one uniformly by the seed.
+        ema: width of the average of the weights; None is the one in the run's model folder.
+        guide: run of the weaker model of autoguidance; ``sampling.guidance`` is then its weight.
+        guide_ema: width of the weaker model's average; None is the one in its model folder.
+        mixed_precision: the precision that all networks run in.
+        tile: decode in tiles of so many pixels (:mod:`..stage1_autoencoder.tiling`), for images that do not fit in
+            memory.
+        pass_rows: images per pass of the networks; more are faster on a GPU, fewer need less memory.
+    """
+
+    sampling: Sampling = DEFAULT_SAMPLING
+    label: int | None = None
+    ema: float | None = None
+    guide: Path | None = None
+    guide_ema: float | None = None
+    mixed_precision: MixedPrecision = "no"
+    tile: int | None = None
+    pass_rows: int = 16
+
+    def __post_init__(self) -> None:
+        if self.pass_rows < 1:
+            raise UsageError(f"--pass-rows {self.pass_rows}: a pass has at least 1 row")
+        if self.guide is None and self.guide_ema is not None:
+            raise UsageError("--guide-ema has no effect here: give the weaker run too, as --guide RUN")
+        if self.guide is not None and self.sampling.guidance == 1:
+            raise UsageError("--guide has no effect at guidance 1: give its weight too, such as --guidance 2")
+
+
+DEFAULT_OPTIONS = SampleOptions()
+
+
+class ImageSampler:
+    """Draws the images of one run in one way.
+
+    Args:
+        run: run folder of ``train-diffusion``.
+        options: what else decides the images.
+        device: where to draw them.
+        autoencoder: the recorded autoencoder, where it is no longer at the recorded path.
+
+    Raises:
+        UsageError: a label that the run has no class for, guidance that it cannot have, or a weaker model that does
+            not suit it.
+        WavelatentError: the run has no model yet.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        options: SampleOptions = DEFAULT_OPTIONS,
+        *,
+        device: str | torch.device = "auto",
+        autoencoder: str | Autoencoder | None = None,
+    ) -> None:
+        self.run, self.options = run, options
+        self.device = device if isinstance(device, torch.device) else resolve_device(device)
+        self._inputs = read_inputs(run)
+        self._autoencoder = autoencoder
+        self.model = _load(run, options.ema).to(self.device)
+        self.weaker = None if options.guide is None else _load(options.guide, options.guide_ema).to(self.device)
+        if options.label is not None and not 0 <= options.label < self.model.num_classes:
+            has = f"the classes 0 to {self.model.num_classes - 1}" if self.model.num_classes else "no classes"
+            raise UsageError(f"label {options.label}: this run was trained with {has}")
+        if options.sampling.guidance != 1 and self.weaker is None and not self.model.num_classes:
+            raise UsageError(
+                f"--guidance {options.sampling.guidance:g}: this run was trained without classes; "
+                "guide it by a weaker run, with --guide RUN"
+            )
+
+    @cached_property
+    def decoder(self) -> Autoencoder | TiledAutoencoder:
+        """The autoencoder that the run records.
+
+        Raises :class:`WavelatentError` where it is missing or has changed, and :class:`UsageError` for a tile that does
+        not suit it.
+        """
+        autoencoder = recorded_autoencoder(self._inputs["autoencoder"], self._autoencoder)
+        decoder = tiled(autoencoder.to(self.device), self.options.tile)
+        if isinstance(decoder, TiledAutoencoder):
+            print(decoder.describe("decode"), file=sys.stderr)
+        return decoder
+
+    def protocol(self) -> dict[str, Any]:
+        """Return everything that decides the image of a seed, as ``samples.json`` and ``metrics.json`` record it."""
+        options = self.options
+        by_seed = "uniform by seed" if self.model.num_classes else None
+        sampling = {name: _plain(value) for name, value in asdict(options.sampling).items()}
+        return {
+            "run": str(self.run.resolve()),
+            "model_sha256": weights_sha256(self.model),
+            "autoencoder_fingerprint": self._inputs["autoencoder"]["fingerprint"],
+            **sampling,
+            "evaluations": evaluations(options.sampling, self.model.objective),
+            "ema": _averaged(self.run) if options.ema is None else options.ema,
+            "guide": None if options.guide is None else str(options.guide.resolve()),
+            "guide_sha256": None if self.weaker is None else weights_sha256(self.weaker),
+            "label": by_seed if options.label is None else options.label,
+            "mixed_precision": options.mixed_precision,
+            "tile": options.tile,
+            "pass_rows": options.pass_rows,
+        }
+
+    def labels(self, seeds: Sequence[int]) -> Tensor | None:
+        """Return the classes ``[len(seeds)]`` of the images of ``seeds``; None where the run has no classes."""
+        if self.options.label is not None:
+            return torch.full((len(seeds),), self.options.label)
+        return draw_labels(seeds, self.model.num_classes) if self.model.num_classes else None
+
+    def draw(self, seeds: Sequence[int]) -> Tensor:
+        """Return the images of ``seeds``, uint8 ``[len(seeds), 3, H, W]`` on the CPU."""
+        parts = [self._pass(list(seeds[at : at + self._rows])) for at in range(0, len(seeds), self._rows)]
+        return torch.cat(parts)
+
+    def interpolate(self, seed_pair: tuple[int, int], points: int) -> Tensor:
+        """Return ``points`` images that lead from one seed to another, uint8 ``[points, 3, H, W]`` on the CPU.
+
+        Up to rounding its ends are the images of the two seeds, with one exception: a class cannot be interpolated, so
+        that where each seed has its own all points have the first one's. See :func:`generate_interpolation`.
+        """
+        labels = self.labels(seed_pair[:1])
+        with self._inference():
+            latents = generate_interpolation(
+                self.model,
+                seed_pair,
+                points,
+                labels=None if labels is None else labels.expand(points),
+                sampling=self.options.sampling,
+                weaker=self.weaker,
+            )
+            images = [self._decode(latents[at : at + self._rows]) for at in range(0, points, self._rows)]
+        return torch.cat(images)[:points]
+
+    @property
+    def _rows(self) -> int:
+        return self.options.pass_rows
+
+    def _pass(self, seeds: list[int]) -> Tensor:
+        filled = seeds + seeds[-1:] * (self._rows - len(seeds))
+        with self._inference():
+            latents = generate_latents(
+                self.model,
+                filled,
+                labels=self.labels(filled),
+                sampling=self.options.sampling,
+                weaker=self.weaker,
+            )
+            return self._decode(latents)[: len(seeds)]
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        missing = self._rows - len(latents)
+        filled = torch.cat([latents, latents[-1:].expand(missing, -1, -1, -1)]) if missing else latents
+        return to_uint8(self.decoder.decode(filled).float()).cpu()[: len(latents)]
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Run the block without gradients, in the asked precision, with advice where memory runs out."""
+        try:
+            with torch.inference_mode(), autocast(self.device, self.options.mixed_precision):
+                yield
+        except torch.OutOfMemoryError as error:
+            raise WavelatentError(f"out of memory: lower --pass-rows {self._rows}, or give --tile") from error
+
+
+def sample_images(
+    run: Path,
+    seeds: Sequence[int],
+    options: SampleOptions = DEFAULT_OPTIONS,
+    *,
+    batch_size: int = 64,
+    device: str | torch.device = "auto",
+    autoencoder: str | Autoencoder | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield ``(seeds of the batch, uint8 images [B, 3, H, W])`` until every seed has had its image.
+
+    ``batch_size`` is how many images are given out at a time, raised to whole passes; it does not change them. The
+    other arguments and the errors are those of :class:`ImageSampler` and its :attr:`~ImageSampler.decoder`.
+    """
+    yield from batches(ImageSampler(run, options, device=device, autoencoder=autoencoder), seeds, batch_size)
+
+
+def batches(sampler: ImageSampler, seeds: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield seeds and images as :func:`sample_images` does."""
+    whole = whole_passes(batch_size, sampler.options.pass_rows)
+    for start in range(0, len(seeds), whole):
+        batch = list(seeds[start : start + whole])
+        yield batch, sampler.draw(batch)
+
+
+def whole_passes(batch_size: int, pass_rows: int) -> int:
+    """Return the least multiple of ``pass_rows`` that is no less than ``batch_size``."""
+    return -(-batch_size // pass_rows) * pass_rows
+
+
+def weights_sha256(model: LatentDiffusion) -> str:
+    """Return the SHA-256 over names, types, shapes and values of a model's weights and buffers, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load(run: Path, ema: float | None) -> LatentDiffusion:
+    return load_diffusion(run) if ema is None else load_diffusion_at_width(run, ema)
+
+
+def _averaged(run: Path) -> Any:
+    """Return the width of the average in the run's model folder, or its whole configuration where that has none."""
+    config = parse_yaml((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
+    ema = config["train"]["ema"]
+    return ema["widths"][0] if "widths" in ema else ema
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` as JSON knows it: no tuples, and None for a bound at infinity."""
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and math.isinf(value) else value

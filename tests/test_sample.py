@@ -1,0 +1,298 @@
+"""`sample`: an image depends on its seed alone; folders are resumed and not mixed; what is made of the images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_diffusion_run import H, W, random_model, write_autoencoder, write_run
+
+from wavelatent.common.errors import Stopped, UsageError, WavelatentError
+from wavelatent.common.power_ema import SNAPSHOT_FOLDER, PowerEMA, PowerEMAConfig, save_snapshot
+from wavelatent.pipelines.sample import Extras, sample
+from wavelatent.pipelines.sample_folder import SampleWriter
+from wavelatent.pipelines.sample_images import ImageSampler, SampleOptions, sample_images, weights_sha256
+from wavelatent.pipelines.sample_sources import RunSamples, SampleFolder
+from wavelatent.stage2_diffusion.generation import draw_labels
+from wavelatent.stage2_diffusion.samplers import SAMPLERS
+from wavelatent.stage2_diffusion.sampling import Sampling
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = 2
+SHORT = Sampling("euler", 2)
+OPTIONS = SampleOptions(SHORT, pass_rows=4)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_autoencoder(tmp_path_factory.mktemp("autoencoder") / "ae")
+
+
+@pytest.fixture(scope="module")
+def run(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "run", autoencoder)
+
+
+@pytest.fixture(scope="module")
+def with_classes(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "classes", autoencoder, num_classes=CLASSES)
+
+
+def images(run: Path, seeds: list[int], options: SampleOptions = OPTIONS, **more: object) -> torch.Tensor:
+    return torch.cat([batch for _, batch in sample_images(run, seeds, options, device="cpu", **more)])  # type: ignore[arg-type]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_files_are_equal_to_the_bit_for_any_batch_size_order_and_number_of_processes(
+    run: Path, tmp_path: Path, precision: str
+) -> None:
+    options = SampleOptions(SHORT, mixed_precision=precision, pass_rows=4)  # type: ignore[arg-type]
+    seeds = [*range(9), 1234567]
+    sample(run, tmp_path / "all", seeds, options, device="cpu", batch_size=8)
+    expected = files(tmp_path / "all")
+    assert sorted(expected) == [*(f"{seed:06d}.png" for seed in seeds)]
+    for size in (1, 3):
+        sample(run, tmp_path / str(size), seeds[::-1], options, device="cpu", batch_size=size)
+        assert files(tmp_path / str(size)) == expected
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    command = [
+        *torchrun, ROOT / "cli.py", "sample", "--run", run, "--out", tmp_path / "two", "--seeds", "0-8,1234567",
+        "--sampler", "euler", "--steps", 2, "--mixed-precision", precision, "--pass-rows", 4, "--device", "cpu",
+        "--batch-size", 3, "--npz", tmp_path / "two.npz", "--json",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=300)
+    assert files(tmp_path / "two") == expected, done.stderr
+    assert json.loads(done.stdout)["written"] == 10  # printed once
+    records = [json.loads((tmp_path / name / "samples.json").read_text()) for name in ("all", "two")]
+    assert records[0] == records[1]
+    with np.load(tmp_path / "two.npz") as archive:
+        assert np.array_equal(archive["arr_0"][-1], read(tmp_path / "all" / "1234567.png"))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_images_beside_it_and_its_place_do_not_matter(run: Path, sampler: str) -> None:
+    options = SampleOptions(Sampling(sampler, 3), pass_rows=4)
+    seeds = [3, 1, 4, 159, 2]
+    together = images(run, seeds, options)
+    assert together.shape == (5, 3, 4 * H, 4 * W)
+    assert torch.equal(images(run, seeds[::-1], options, batch_size=1).flip(0), together)
+    assert torch.equal(images(run, [159], options), together[3:4])
+    assert (together[0].int() - together[1].int()).abs().max() > 5
+
+
+def test_the_rows_of_a_pass_move_an_image_by_no_more_than_rounding(run: Path) -> None:
+    one, other = (images(run, [5, 6], SampleOptions(SHORT, pass_rows=rows)) for rows in (1, 16))
+    assert (one.int() - other.int()).abs().max() <= 1
+
+
+def test_evaluate_draws_the_images_of_the_folder(run: Path, tmp_path: Path) -> None:
+    sample(run, tmp_path, range(7), OPTIONS, device="cpu", extras=Extras(contact_sheet=tmp_path / "sheet.png"))
+    source = RunSamples(run, range(7), OPTIONS, device="cpu")
+    drawn, written = torch.cat(list(source.batches(3))), torch.cat(list(SampleFolder(tmp_path, None).batches(3)))
+    assert torch.equal(drawn, written)
+    in_memory, of_folder = source.protocol(), SampleFolder(tmp_path, None).protocol()
+    assert of_folder.pop("samples")["path"] == str(tmp_path)
+    assert in_memory == of_folder
+    assert (in_memory["sampler"], in_memory["steps"], in_memory["seeds"], in_memory["ema"]) == ("euler", 2, "0-6", 0.1)
+
+
+def test_sampling_resumes_and_refuses_to_mix(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "samples"
+    assert sample(run, out, range(5), OPTIONS, device="cpu")["written"] == 5
+    before = files(out)
+    (out / "000003.png").unlink()
+    assert sample(run, out, range(7), OPTIONS, device="cpu")["written"] == 3
+    assert {name: content for name, content in files(out).items() if name in before} == before
+    with pytest.raises(UsageError, match="another rho, pass_rows"):
+        sample(run, out, [9], SampleOptions(Sampling("euler", 2, rho=3.0)), device="cpu")
+    changed = SampleOptions(Sampling("euler", 3), pass_rows=4)
+    assert sample(run, out, range(2), changed, device="cpu", overwrite=True)["written"] == 2
+    assert sorted(files(out)) == ["000000.png", "000001.png"]
+
+
+def test_commands_with_seeds_of_their_own_may_fill_one_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_folder, others = SampleWriter.open, []
+
+    def open_while_another_comes(writer: SampleWriter, overwrite: bool) -> None:
+        (tmp_path / ".samples.json.1234.tmp").touch()  # what another one is writing
+        if not others:
+            others.append(0)
+            others.append(sample(run, tmp_path, range(3), OPTIONS, device="cpu")["written"])
+        open_folder(writer, overwrite)
+
+    monkeypatch.setattr(SampleWriter, "open", open_while_another_comes)
+    assert sample(run, tmp_path, range(2, 6), OPTIONS, device="cpu")["written"] == 3
+    assert others == [0, 3]
+    assert len(files(tmp_path)) == 6
+
+
+def test_a_stop_keeps_what_is_there_and_the_same_command_goes_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = ImageSampler.draw
+
+    def draw_then_signal(sampler: ImageSampler, seeds: list[int]) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(sampler, seeds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageSampler, "draw", draw_then_signal)
+        with pytest.raises(Stopped, match="SIGTERM with 4 of 6 images"):
+            sample(run, tmp_path, range(6), OPTIONS, device="cpu", batch_size=1)
+    with pytest.raises(Stopped, match="--max-minutes with 4 of 6 images"):
+        sample(run, tmp_path / "minutes", range(6), OPTIONS, device="cpu", batch_size=1, max_minutes=0)
+    assert sample(run, tmp_path, range(6), OPTIONS, device="cpu")["written"] == 2
+
+
+def test_a_label_is_the_class_of_every_image(with_classes: Path) -> None:
+    seeds = list(range(6))
+    drawn = draw_labels(seeds, CLASSES).tolist()
+    assert set(drawn) == {0, 1}
+    of = [images(with_classes, seeds, SampleOptions(SHORT, label=label, pass_rows=4)) for label in (0, 1)]
+    assert not torch.equal(of[0], of[1])
+    expected = torch.stack([of[label][seed] for seed, label in enumerate(drawn)])
+    assert torch.equal(images(with_classes, seeds), expected)
+
+
+def test_guidance_acts_and_is_recorded(run: Path, with_classes: Path, autoencoder: Path, tmp_path: Path) -> None:
+    plain = images(with_classes, [0, 1])
+    sampling = Sampling("euler", 2, guidance=3.0, guidance_interval=(0.1, float("inf")))
+    guided = ImageSampler(with_classes, SampleOptions(sampling, pass_rows=4), device="cpu")
+    assert not torch.equal(guided.draw([0, 1]), plain)
+    record = guided.protocol()
+    assert (record["guidance"], record["guidance_interval"], record["guide"]) == (3.0, [0.1, None], None)
+    assert record["evaluations"] == 3  # the second step is at the lowest level, outside the interval
+    weaker = write_run(tmp_path / "weaker", autoencoder, seed=1)
+    options = SampleOptions(Sampling("euler", 2, guidance=3.0), guide=weaker, pass_rows=4)
+    auto = ImageSampler(run, options, device="cpu")
+    assert not torch.equal(auto.draw([0, 1]), images(run, [0, 1]))
+    assert auto.protocol()["guide_sha256"] == weights_sha256(random_model(1)) != auto.protocol()["model_sha256"]
+
+
+def test_another_ema_width_is_other_weights(autoencoder: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", autoencoder)
+    averaged = random_model(7)
+    save_snapshot(
+        run / SNAPSHOT_FOLDER, 5, PowerEMA(averaged, PowerEMAConfig(widths=(0.15,), snapshot_dtype="float32"))
+    )
+    wide = ImageSampler(run, SampleOptions(SHORT, ema=0.15, pass_rows=4), device="cpu")
+    assert wide.protocol()["ema"] == 0.15
+    assert wide.protocol()["model_sha256"] == weights_sha256(averaged)
+    assert not torch.equal(wide.draw([0]), images(run, [0]))
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_npz_is_numpys_own_in_the_order_asked_for(
+    run: Path, with_classes: Path, tmp_path: Path, labelled: bool
+) -> None:
+    chosen = with_classes if labelled else run
+    seeds = [5, 1, 3]
+    sample(chosen, tmp_path, range(6), OPTIONS, device="cpu")
+    sample(chosen, tmp_path, seeds, OPTIONS, device="cpu", extras=Extras(npz=tmp_path.parent / f"{labelled}.npz"))
+    with np.load(tmp_path.parent / f"{labelled}.npz") as archive:
+        assert set(archive) == ({"arr_0", "arr_1"} if labelled else {"arr_0"})
+        assert archive["arr_0"].dtype == np.uint8
+        assert np.array_equal(archive["arr_0"], np.stack([read(tmp_path / f"{seed:06d}.png") for seed in seeds]))
+        if labelled:
+            assert archive["arr_1"].tolist() == draw_labels(seeds, CLASSES).tolist()
+
+
+def test_an_npz_is_written_whole_or_not_at_all(run: Path, tmp_path: Path) -> None:
+    out, npz = tmp_path / "samples", tmp_path / "samples.npz"
+    sample(run, out, range(3), OPTIONS, device="cpu")
+    (out / "000002.png").write_bytes(b"cut off")
+    with pytest.raises(WavelatentError, match=r"000002\.png cannot be read"):
+        sample(run, out, range(3), OPTIONS, device="cpu", extras=Extras(npz=npz))
+    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
+
+
+def test_contact_sheet_and_interpolation_lie_beside_the_samples(run: Path, tmp_path: Path) -> None:
+    sheet = tmp_path / "contact-sheet.png"
+    sample(run, tmp_path, range(5), OPTIONS, device="cpu", extras=Extras(contact_sheet=sheet))
+    assert read(sheet).shape == (2 * 4 * H + 2, 3 * 4 * W + 4, 3)
+    assert np.array_equal(read(sheet)[: 4 * H, 4 * W + 2 : 8 * W + 2], read(tmp_path / "000001.png"))
+    for points in (6, 5):
+        made = sample(run, tmp_path, [], OPTIONS, device="cpu", extras=Extras(interpolate=(1, 4), points=points))
+        assert len(made["interpolation"]) == points + 1
+    assert sorted(path.name for path in tmp_path.glob("inter*")) == sorted(made["interpolation"])
+    path = [read(tmp_path / f"interpolate-1-4-{number}.png").astype(int) for number in range(5)]
+    for end, seed in ((path[0], 1), (path[-1], 4)):
+        assert np.abs(end - read(tmp_path / f"{seed:06d}.png")).max() <= 1
+    assert all(np.abs(one - other).max() > 1 for one, other in pairwise(path))
+    assert len(SampleFolder(tmp_path, None)) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label": 2}, "classes 0 to 1"),
+        ({"pass_rows": 0}, "at least 1 row"),
+        ({"guide_ema": 0.1}, "--guide RUN"),
+        ({"guide": Path("somewhere")}, "no effect at guidance 1"),
+        ({"tile": 30}, "--tile 30"),
+    ],
+)
+def test_wrong_options_are_usage_errors_that_leave_nothing(
+    with_classes: Path, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        sample(with_classes, tmp_path / "out", [0], SampleOptions(**options), device="cpu")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_guidance_without_classes_and_wrong_seeds_are_usage_errors(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="trained without classes"):
+        sample(run, tmp_path / "out", [0], SampleOptions(Sampling(guidance=2.0)), device="cpu")
+    for seed in (-1, 2**63):
+        with pytest.raises(UsageError, match=f"seed {seed}:"):
+            sample(run, tmp_path / "out", [0, seed], OPTIONS, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_foreign_folders_are_left_alone(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="not an empty folder"):
+        sample(run, tmp_path, [0], OPTIONS, device="cpu", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_that_is_no_run_and_another_autoencoder_are_refused(
+    run: Path, autoencoder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(WavelatentError, match="not a run folder"):
+        sample(tmp_path, tmp_path / "out", [0], device="cpu")
+    inputs = json.loads((run / "inputs.json").read_text())
+    other = write_run(tmp_path / "other", autoencoder)
+    inputs["autoencoder"]["fingerprint"] = "b" * 64
+    (other / "inputs.json").write_text(json.dumps(inputs))
+    with pytest.raises(WavelatentError, match=r"not the autoencoder that made the latents.*bbbb"):
+        sample(other, tmp_path / "out", [0], OPTIONS, device="cpu")
+
+
+def test_running_out_of_memory_says_what_to_lower(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*arguments: object, **options: object) -> Iterator[None]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("wavelatent.pipelines.sample_images.generate_latents", no_memory)
+    with pytest.raises(WavelatentError, match="lower --pass-rows 4"):
+        images(run, [0])
