@@ -222,6 +222,6 @@ class Upsample(nn.Module):
 
 
 def _channels_last_weight(module: nn.Module) -> None:
-    """Give a convolution that was just made its weight in channels last; tensors without data do, unlike with ``to``."""
+    """Give a convolution just made its weight in channels last; unlike ``to``, this takes tensors without data."""
     if isinstance(module, nn.Conv2d):
         module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))
