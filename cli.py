@@ -474,6 +474,31 @@ def bench_autoencoder(precision: str | None, as_json: bool, **arguments: Any) ->
     _emit(result, as_json, describe(result))
 
 
+@bench.command("diffusion")
+@click.option("--size", type=click.IntRange(min=1), default=None, help="Side of the latents (16 for unet-tiny, or 32).")
+@click.option("--model", "models", multiple=True, help="Preset; may be given again. unet-tiny and unet-s by default.")
+@click.option("--num-steps", type=click.IntRange(min=1), default=None, help="Heun steps of a sample (4).")
+@click.option(
+    "--mixed-precision", "precision", type=click.Choice(["no", "bf16"]), default=None, help="One only; both by default."
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=None, help="Rounds over all networks.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=None, help="File for the JSON.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@BATCH
+@NO_SEED
+@JSON
+def bench_diffusion(precision: str | None, as_json: bool, **arguments: Any) -> None:
+    """Measure training steps and sampling, speed and memory, beside diffusers' UNet2DModel, in one run."""
+    from wavelatent.pipelines.bench_diffusion import bench_diffusion as run
+    from wavelatent.pipelines.bench_diffusion import describe
+
+    given = {name: value for name, value in _given(arguments).items() if value != ()}
+    if precision is not None:
+        given["precisions"] = ["fp32" if precision == "no" else precision]
+    result = run(**given)
+    _emit(result, as_json, describe(result))
+
+
 @cli.command()
 @click.option("--fetch", is_flag=True, help="Get the metric weights that are missing.")
 @NO_NETWORKS

@@ -102,16 +102,16 @@ def bench_diffusion(
     where = resolve_device(device)
     about, load = environment(), load_average()  # as it begins
     names = list(dict.fromkeys(models or SIZES))
+    sizes = {model: size or SIZES.get(model, DEFAULT_SIZE) for model in names}
+    costs = {model: _costs(model, side) for model, side in sizes.items()}
     rates = {precision: matmul_rate(where, precision, repeats) for precision in precisions}
     rows: list[dict[str, Any]] = []
-    for model in names:
-        side = size or SIZES.get(model, DEFAULT_SIZE)
+    for model, side in sizes.items():
         batch = batch_size or max(1, (CPU_PIXELS if where.type == "cpu" else GPU_PIXELS) // side**2)
-        costs = _costs(preset_of(model), side)
         for task in TASKS:
             for precision in precisions:
                 job = Job(model, side, batch, num_steps, task, precision, str(where))
-                rows += _rows(job, costs, rates[precision], repeats, memory)
+                rows += _rows(job, costs[model], rates[precision], repeats, memory)
     protocol = {
         "peer": PEER,
         "method": METHOD,
@@ -204,13 +204,16 @@ def _rows(
         }
 
 
-def _costs(config: DiffusionRunConfig, size: int) -> dict[str, dict[str, int]]:
+def _costs(model: str, size: int) -> dict[str, dict[str, int]]:
     """Return the parameters of each network and the operations of its forward pass on one latent."""
-    costs = {}
+    config, costs = preset_of(model), {}
     for network in (OURS, PEER):
         with FakeTensorMode():
             built, x, noise_label = build_network(config, network), torch.zeros(1, CHANNELS, size, size), torch.zeros(1)
-            flops = count_flops(partial(built, x, noise_label))
+            try:
+                flops = count_flops(partial(built, x, noise_label))
+            except ValueError as error:  # a size that does not suit the network, and how to fix it
+                raise UsageError(f"{model}: {error}") from error
         costs[network] = {"parameters": count_parameters(built), "flops": flops}
     return costs | {COMPILED: costs[OURS]}
 

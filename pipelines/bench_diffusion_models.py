@@ -88,11 +88,8 @@ def build_network(config: DiffusionRunConfig, network: str) -> UNet | PeerNetwor
 def build_model(config: DiffusionRunConfig, network: str, size: int) -> LatentDiffusion:
     """Return an unconditional model for latents ``[4, size, size]``, with our network or the peer's.
 
-    Raises :class:`UsageError` for a size that cannot be halved often enough, or where diffusers is missing.
+    Raises :class:`UsageError` where diffusers is missing.
     """
-    assert isinstance(config.model, UNetConfig)
-    if size % (smallest := 2 ** (len(config.model.multipliers) - 1)):
-        raise UsageError(f"latents of {size}x{size} cannot be halved as often as asked; take a multiple of {smallest}")
     placeholder = UNetConfig(channels=4, multipliers=(1,), num_res_blocks=1, attention_levels=(), head_channels=4)
     built = LatentDiffusion(placeholder, config.objective, (CHANNELS, size, size), whitening=config.whitening)
     built.network = build_network(config, network)
