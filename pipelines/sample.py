@@ -80,12 +80,15 @@ def sample(
         were asked for, and what ``samples.json`` records.
 
     Raises:
-        UsageError: ``out`` holds other files or other samples, or a seed is negative; see also :class:`ImageSampler`.
-        WavelatentError: the run has no model yet, or its autoencoder is missing or has changed.
+        UsageError: ``out`` holds other files or other samples, or a seed is negative or huge; see also
+            :class:`ImageSampler`.
+        WavelatentError: the run has no model yet, its autoencoder is missing or has changed, or the disk is full.
         Stopped: by ``max_minutes`` or a signal; the same command goes on.
     """
     begin = time.monotonic()
     _check_seeds([*seeds, *(extras.interpolate or ())])
+    if not seeds and (extras.npz or extras.contact_sheet):
+        raise UsageError("--npz and --contact-sheet show samples: give --num N or --seeds A-B too")
     runtime = RuntimeOptions(device=device, mixed_precision=options.mixed_precision)
     with StopRequest(max_minutes) as stop, accelerated(runtime) as accelerator:
         place = device if accelerator.num_processes == 1 else accelerator.device
@@ -151,10 +154,10 @@ def _make_extras(sampler: ImageSampler, writer: SampleWriter, seeds: Sequence[in
     if extras.interpolate is not None:
         images = sampler.interpolate(extras.interpolate, extras.points)
         made["interpolation"] = writer.save_interpolation(extras.interpolate, images)
-    if extras.npz is not None and seeds:
+    if extras.npz is not None:
         writer.save_npz(extras.npz, seeds, sampler.labels(seeds))
         made["npz"] = str(extras.npz)
-    if extras.contact_sheet is not None and seeds:
+    if extras.contact_sheet is not None:
         writer.save_contact_sheet(extras.contact_sheet, seeds)
         made["contact_sheet"] = str(extras.contact_sheet)
     return made

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +24,8 @@ from ..common.images import save_grid, save_png, to_float
 MANIFEST = "samples.json"
 CONTACT_SHEET = "contact-sheet.png"
 CONTACT_SHEET_IMAGES = 64
+WRITERS = 4
+"""Threads that compress and write PNG files."""
 NOT_COMPARED = ("run", "guide")
 """Parts of the record that do not decide an image: a run may have moved, its weights count."""
 
@@ -76,9 +80,8 @@ class SampleWriter:
         return [seed for seed in seeds if not self.path(seed).exists()]
 
     def write(self, seeds: Sequence[int], images: Tensor) -> None:
-        """Write images uint8 ``[len(seeds), 3, H, W]``, each whole or not at all."""
-        for seed, image in zip(seeds, images, strict=True):
-            save_png(self.path(seed), image.permute(1, 2, 0).numpy())
+        """Write images uint8 ``[len(seeds), 3, H, W]``, each whole or not at all. Raises :class:`WavelatentError`."""
+        self._write({self.path(seed): image for seed, image in zip(seeds, images, strict=True)})
 
     def read(self, seed: int) -> NDArray[np.uint8]:
         """Return the image of ``seed``, uint8 ``[H, W, 3]``. Raises :class:`WavelatentError`."""
@@ -92,7 +95,8 @@ class SampleWriter:
         """Write the first :data:`CONTACT_SHEET_IMAGES` of ``seeds`` as one nearly square PNG."""
         shown = [torch.from_numpy(self.read(seed).copy()) for seed in seeds[:CONTACT_SHEET_IMAGES]]
         images = to_float(torch.stack(shown)).permute(0, 3, 1, 2)
-        save_grid(path, images, columns=int(np.ceil(np.sqrt(len(shown)))))
+        with _said(path):
+            save_grid(path, images, columns=int(np.ceil(np.sqrt(len(shown)))))
 
     def save_interpolation(self, seed_pair: tuple[int, int], images: Tensor) -> list[str]:
         """Write images uint8 ``[points, 3, H, W]`` and a strip of them; return the names of the files."""
@@ -101,8 +105,7 @@ class SampleWriter:
         for path in self.out.glob(f"{stem}-*.png"):
             if path.name not in names:  # of an earlier one with more points
                 path.unlink()
-        for name, image in zip(names, images, strict=True):
-            save_png(self.out / name, image.permute(1, 2, 0).numpy())
+        self._write({self.out / name: image for name, image in zip(names, images, strict=True)})
         save_grid(self.out / f"{stem}.png", to_float(images), columns=len(images))
         return [*names, f"{stem}.png"]
 
@@ -114,7 +117,7 @@ class SampleWriter:
         that cannot be read or are not of one size.
         """
         shape = self.read(seeds[0]).shape
-        with open_atomically(path) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+        with _said(path), open_atomically(path) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
             with _open_array(archive, "arr_0", np.dtype(np.uint8), (len(seeds), *shape)) as array:
                 for seed in seeds:
                     image = self.read(seed)
@@ -125,6 +128,16 @@ class SampleWriter:
                 with _open_array(archive, "arr_1", np.dtype(np.int64), (len(seeds),)) as array:
                     array.write(labels.to(torch.int64).numpy().tobytes())
 
+    def _write(self, images: dict[Path, Tensor]) -> None:
+        """Write images uint8 ``[3, H, W]``; in threads, as most of the time goes to waiting for the disk."""
+
+        def write(path: Path, image: Tensor) -> None:
+            with _said(path):
+                save_png(path, image.permute(1, 2, 0).numpy())
+
+        with ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(write, images.keys(), images.values()))
+
     def _visible(self) -> list[Path]:
         """Return what is in the folder besides files that are being written."""
         return [path for path in self.out.iterdir() if not path.name.startswith(".")]
@@ -133,6 +146,18 @@ class SampleWriter:
 def is_sample(path: Path) -> bool:
     """Return whether ``path`` is named as the image of a seed."""
     return _SEED.fullmatch(path.name) is not None
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """Run the block, which writes ``path``, and say what to do where the disk does not take it."""
+    try:
+        yield
+    except OSError as error:
+        raise WavelatentError(
+            f"{path} cannot be written ({error.strerror or error}): what is written stays; see to the disk and run the "
+            "same command again"
+        ) from error
 
 
 def _open_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> IO[bytes]:

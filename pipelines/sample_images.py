@@ -34,7 +34,13 @@ from ..common.images import to_uint8
 from ..common.runtime import MixedPrecision, autocast, resolve_device
 from ..stage1_autoencoder.autoencoder import Autoencoder
 from ..stage1_autoencoder.tiling import TiledAutoencoder, tiled
-from ..stage2_diffusion.generation import draw_labels, evaluations, generate_interpolation, generate_latents
+from ..stage2_diffusion.generation import (
+    draw_labels,
+    evaluations,
+    generate_interpolation,
+    generate_latents,
+    guided_denoiser,
+)
 from ..stage2_diffusion.model import LatentDiffusion
 from ..stage2_diffusion.sampling import DEFAULT_SAMPLING, Sampling
 from .diffusion_run import load_diffusion, read_inputs, recorded_autoencoder
@@ -110,11 +116,7 @@ class ImageSampler:
         if options.label is not None and not 0 <= options.label < self.model.num_classes:
             has = f"the classes 0 to {self.model.num_classes - 1}" if self.model.num_classes else "no classes"
             raise UsageError(f"label {options.label}: this run was trained with {has}")
-        if options.sampling.guidance != 1 and self.weaker is None and not self.model.num_classes:
-            raise UsageError(
-                f"--guidance {options.sampling.guidance:g}: this run was trained without classes; "
-                "guide it by a weaker run, with --guide RUN"
-            )
+        guided_denoiser(self.model, self.labels([0]), options.sampling, self.weaker)  # refuses what cannot be
 
     @cached_property
     def decoder(self) -> Autoencoder | TiledAutoencoder:

@@ -1,7 +1,9 @@
 """`sample`: an image depends on its seed alone; folders are resumed and not mixed; what is made of the images."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_diffusion_run import H, W, random_model, write_autoencoder, write_run
 
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
@@ -261,12 +264,36 @@ def test_wrong_options_are_usage_errors_that_leave_nothing(
 
 
 def test_guidance_without_classes_and_wrong_seeds_are_usage_errors(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="trained without classes"):
+    with pytest.raises(UsageError, match="guidance 2 needs class labels or a weaker model"):
         sample(run, tmp_path / "out", [0], SampleOptions(Sampling(guidance=2.0)), device="cpu")
+    with pytest.raises(UsageError, match="give --num N"):
+        sample(run, tmp_path / "out", [], OPTIONS, device="cpu", extras=Extras(npz=tmp_path / "x", interpolate=(0, 1)))
     for seed in (-1, 2**63):
         with pytest.raises(UsageError, match=f"seed {seed}:"):
             sample(run, tmp_path / "out", [0, seed], OPTIONS, device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_guide_of_other_latents_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    shutil.copytree(run, wrong)
+    weights = load_file(wrong / "model" / "model.safetensors")
+    weights["whitening.scale"] *= 2
+    save_file(weights, wrong / "model" / "model.safetensors")
+    with pytest.raises(UsageError, match="whitens its latents otherwise"):
+        sample(run, tmp_path / "out", [0], SampleOptions(Sampling(guidance=2.0), guide=wrong), device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_said_in_one_line_with_the_file(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("wavelatent.pipelines.sample_folder.save_png", full)
+    with pytest.raises(WavelatentError, match=r"00000\d\.png cannot be written \(No space left"):
+        sample(run, tmp_path, range(3), OPTIONS, device="cpu")
 
 
 def test_foreign_folders_are_left_alone(run: Path, tmp_path: Path) -> None:
