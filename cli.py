@@ -279,18 +279,6 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _sample_options(arguments: dict[str, Any]) -> Any:
-    """Take the options of SAMPLER and the precision out of ``arguments``; return them as one."""
-    from dataclasses import fields
-
-    from wavelatent.pipelines.sample_images import SampleOptions
-    from wavelatent.stage2_diffusion.sampling import Sampling
-
-    sampling = Sampling(**_given({field.name: arguments.pop(field.name) for field in fields(Sampling)}))
-    others = [field.name for field in fields(SampleOptions) if field.name != "sampling"]
-    return SampleOptions(sampling, **_given({name: arguments.pop(name) for name in others}))
-
-
 @cli.command()
 @click.option("--run", type=FOLDER, required=True, help="Run folder of train-diffusion.")
 @OUT
@@ -323,12 +311,13 @@ def sample(
     """Draw latents, decode them and write <seed>.png."""
     from wavelatent.pipelines.sample import Extras
     from wavelatent.pipelines.sample import sample as run
+    from wavelatent.pipelines.sample_images import take_options
 
     interpolate = arguments.pop("interpolate")
     if (num is None) == (seeds is None) and not (interpolate and num is None):
         raise UsageError("give either --num N or --seeds A-B")
     chosen = _seeds(seeds) if seeds is not None else list(range(seed, seed + (num or 0)))
-    options = _sample_options(arguments)
+    options = take_options(arguments)
     extras = {name: arguments.pop(name) for name in ("npz", "points")}
     if contact_sheet is not None:
         extras["contact_sheet"] = Path(contact_sheet or arguments["out"] / "contact-sheet.png")
@@ -385,8 +374,9 @@ def reconstruction(as_json: bool, **arguments: Any) -> None:
 def generation(as_json: bool, **arguments: Any) -> None:
     """FID, KID, precision and recall of samples against a data set."""
     from wavelatent.pipelines.evaluate import evaluate_generation
+    from wavelatent.pipelines.sample_images import take_options
 
-    options = _sample_options(arguments)
+    options = take_options(arguments)
     _emit_metrics(evaluate_generation(options=options, **_given(arguments)).to_dict(), as_json)
 
 

@@ -20,7 +20,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,17 @@ class SampleOptions:
 
 
 DEFAULT_OPTIONS = SampleOptions()
+
+
+def take_options(arguments: dict[str, Any]) -> SampleOptions:
+    """Take the fields of `SampleOptions` and of its `Sampling` out of ``arguments``; None there is the default."""
+
+    def given(kind: type[Sampling] | type[SampleOptions]) -> dict[str, Any]:
+        names = [field.name for field in fields(kind) if field.name != "sampling"]
+        values = {name: arguments.pop(name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    return SampleOptions(Sampling(**given(Sampling)), **given(SampleOptions))
 
 
 class ImageSampler:
