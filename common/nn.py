@@ -69,6 +69,25 @@ def add_to_new(x: Tensor, branch: Tensor) -> Tensor:
     return branch.add_(x) if in_place else x + branch
 
 
+class ChannelsLastConv2d(nn.Conv2d):
+    """A convolution whose weight is always channels last in memory, and a contiguous tensor to everybody else.
+
+    It is kept as ``[out_channels, kernel height * width, in_channels]``: as a strided weight of the usual shape it
+    would be copied back and forth by PyTorch's fused Adam (on a CPU, 7 % of a training step of our UNets).
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding)
+        self.weight = nn.Parameter(self.weight.detach().flatten(2).transpose(1, 2).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in_channels, H, W]`` -> ``[B, out_channels, H', W']``, channels last."""
+        weight = self.weight.unflatten(1, self.kernel_size).permute(0, 3, 1, 2)
+        return self._conv_forward(x, weight, self.bias)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return the scaled dot-product attention of ``q``, ``k`` and ``v``, each ``[B, heads, N, c]``, in their type.
 
@@ -99,15 +118,16 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         embedding_channels: int | None = None,
         zero_last: bool = False,
+        conv: type[nn.Conv2d] = nn.Conv2d,
     ) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = conv(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
-        conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        conv2 = conv(out_channels, out_channels, 3, padding=1)
         self.conv2 = zero_init(conv2) if zero_last else conv2
-        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.skip = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
         self.modulation = None if embedding_channels is None else nn.Linear(embedding_channels, 2 * out_channels)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
@@ -129,15 +149,22 @@ class SelfAttention(nn.Module):
     Shape: ``[B, channels, H, W]`` in and out.
     """
 
-    def __init__(self, channels: int, *, head_channels: int | None = None, zero_last: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        head_channels: int | None = None,
+        zero_last: bool = False,
+        conv: type[nn.Conv2d] = nn.Conv2d,
+    ) -> None:
         super().__init__()
         head_channels = head_channels or channels
         if channels % head_channels:
             raise ValueError(f"{channels} channels do not divide into heads of {head_channels}")
         self.heads = channels // head_channels
         self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        out = nn.Conv2d(channels, channels, 1)
+        self.qkv = conv(channels, 3 * channels, 1)
+        out = conv(channels, channels, 1)
         self.out = zero_init(out) if zero_last else out
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..common.config import Config
+from ..common.nn import ChannelsLastConv2d as Conv
 from ..common.nn import ResBlock, SelfAttention, group_norm, zero_init
 
 
@@ -76,7 +77,7 @@ class UNet(nn.Module):
         self.noise_embedding = NoiseEmbedding(config.channels, embedding)
         self.class_embedding = nn.Embedding(num_classes + 1, embedding) if num_classes else None
 
-        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.stem = Conv(in_channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         width, skips = widths[0], [widths[0]]
         for level, level_width in enumerate(widths):
@@ -100,8 +101,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width))
         assert not skips, "every skip is used once"
         self.norm = group_norm(width)
-        self.out = zero_init(nn.Conv2d(width, in_channels, 3, padding=1))
-        self.apply(_channels_last_weight)
+        self.out = zero_init(Conv(width, in_channels, 3, padding=1))
 
     def _block(self, in_channels: int, out_channels: int, embedding: int, attention: bool) -> Block:
         head_channels = self.config.head_channels if attention else None
@@ -186,10 +186,13 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.residual = ResBlock(
-            in_channels, out_channels, dropout=dropout, embedding_channels=embedding, zero_last=True
+            in_channels, out_channels, dropout=dropout, embedding_channels=embedding, zero_last=True, conv=Conv
         )
         attend = head_channels is not None
-        self.attention = SelfAttention(out_channels, head_channels=head_channels, zero_last=True) if attend else None
+        attention = (
+            SelfAttention(out_channels, head_channels=head_channels, zero_last=True, conv=Conv) if attend else None
+        )
+        self.attention = attention
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """``[B, in_channels, h, w]`` -> ``[B, out_channels, h, w]``."""
@@ -202,7 +205,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = Conv(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """``[B, C, h, w]`` -> ``[B, C, h/2, w/2]``; the embedding is not used."""
@@ -214,14 +217,8 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """``[B, C, h, w]`` -> ``[B, C, 2h, 2w]``; the embedding is not used."""
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-def _channels_last_weight(module: nn.Module) -> None:
-    """Give a convolution just made its weight in channels last; unlike ``to``, this takes tensors without data."""
-    if isinstance(module, nn.Conv2d):
-        module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))

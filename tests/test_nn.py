@@ -4,7 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wavelatent.common.nn import ResBlock, SelfAttention, add_to_new, attention, fast_layout, group_norm, silu_of_new
+from wavelatent.common.nn import (
+    ChannelsLastConv2d,
+    ResBlock,
+    SelfAttention,
+    add_to_new,
+    attention,
+    fast_layout,
+    group_norm,
+    silu_of_new,
+)
 
 
 def maps(*shape: int) -> torch.Tensor:
@@ -113,3 +122,16 @@ def test_half_precision_attention_and_normalisation_are_float32_rounded_once():
     expected = F.group_norm(x.float(), norm.num_groups, eps=1e-6).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(norm(x.contiguous(memory_format=torch.channels_last)), expected)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
+def test_a_channels_last_convolution_is_the_plain_one(kernel, stride):
+    conv = ChannelsLastConv2d(6, 8, kernel, stride, kernel // 2)
+
+    def plain(x, weight, bias):
+        return F.conv2d(x, weight.transpose(1, 2).unflatten(2, (kernel, kernel)), bias, stride, kernel // 2)
+
+    def ours(x, weight, bias):
+        return torch.func.functional_call(conv, {"weight": weight, "bias": bias}, x)
+
+    same_gradients(plain, ours, maps(2, 6, 5, 7), conv.weight.detach(), conv.bias.detach())

@@ -1,9 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wavelatent.common.config import load_config
+from wavelatent.common.nn import ChannelsLastConv2d
 from wavelatent.pipelines.diffusion_config import DiffusionRunConfig
 from wavelatent.stage2_diffusion.unet import NoiseEmbedding, UNet, UNetConfig
 
@@ -113,19 +115,34 @@ def test_nothing_happens_after_a_step():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_channels_last_gives_what_the_plain_layout_gives(training):
+def test_channels_last_gives_what_the_plain_layout_gives(training, monkeypatch):
     network = randomised(UNet(TINY, in_channels=5)).train(training)
     x, noise_label = torch.randn(2, 5, 4, 6), torch.tensor([0.1, -0.5])
-    assert network.down[0].residual.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    outputs = []
-    for layout in (torch.channels_last, torch.contiguous_format):
-        network.to(memory_format=layout)
+    layouts, outputs = [], []
+
+    def plain(self, x):
+        weight = self.weight.transpose(1, 2).unflatten(2, self.kernel_size).contiguous()
+        return F.conv2d(x.contiguous(), weight, self.bias, self.stride, self.padding)
+
+    hook = network.out.register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[0]))
+    for _ in range(2):
         with torch.set_grad_enabled(training):
-            out = network(x.contiguous(memory_format=layout), noise_label)
+            out = network(x, noise_label)
         gradients = torch.autograd.grad(out.square().mean(), list(network.parameters())) if training else ()
         outputs.append([out.detach(), *gradients])
+        monkeypatch.setattr(ChannelsLastConv2d, "forward", plain)
+    hook.remove()
+    assert layouts[0].is_contiguous(memory_format=torch.channels_last)
+    assert layouts[1].is_contiguous()
     for one, other in zip(*outputs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_and_gradients_are_contiguous():
+    """Where they are not, fused Adam copies them and DistributedDataParallel warns."""
+    network = randomised(UNet(TINY, in_channels=5))
+    network(torch.randn(2, 5, 4, 6), torch.zeros(2)).square().sum().backward()
+    assert all(p.is_contiguous() and p.grad.is_contiguous() for p in network.parameters())
 
 
 def test_a_size_that_cannot_be_halved_says_how_to_fix_it():
