@@ -14,9 +14,8 @@ it.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -255,17 +254,6 @@ def _copy(rows: list[tuple[MappedTensors, int]], name: str, shape: tuple[int, ..
     for place, (shard, row) in enumerate(rows):
         copied[place] = shard.tensors[name][row]
     return torch.from_numpy(copied)
-
-
-def training_latents(
-    cache: LatentCache, *, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield the batches of :class:`~wavelatent.common.latent_loader.TrainingLatents` from ``start_step`` on."""
-    from .latent_loader import TrainingLatents
-
-    latents = TrainingLatents(cache, batch_size, seed, rank=rank, world_size=world_size)
-    for step in itertools.count(start_step):
-        yield latents.batch(step)
 
 
 def _read_manifest(path: Path) -> tuple[Manifest, bool]:

@@ -7,8 +7,6 @@ it was and a larger reference starts from a smaller one.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,15 +19,13 @@ from tqdm import tqdm
 
 from .errors import Stopped, UsageError, WavelatentError
 from .feature_distances import FeatureStatistics
-from .files import write_atomically
 from .images import ImageData, iterate_batches, to_uint8
 from .inception import InceptionFeatures
-from .metric_weights import cache_folder
 from .randomness import generator
+from .reference_cache import PART, ReferenceCache
 from .runtime import StopRequest
 
 T = TypeVar("T")
-PART = 1000
 
 
 @dataclass(frozen=True)
@@ -87,28 +83,21 @@ def reference_features(
         UsageError: there are not so many.
         Stopped: ``stop`` asks for it; what has been extracted is kept, as after any other end.
     """
-    identity = {
-        "data": data.fingerprint(),
-        "features": f"{extractor.name}/{extractor.dim}",
-        "weights": extractor.weights_sha256,
-        "seed": str(seed),
-    }
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    folder = cache_folder() / "reference-features" / fingerprint[:32]
+    cache = ReferenceCache(data.fingerprint(), extractor, seed)
     indices = choose_images(len(data), num, seed)
     parts = []
     with tqdm(total=len(indices), desc="Inception, reference", unit="img", leave=False) as progress:
         for number, start in enumerate(range(0, len(indices), PART)):
-            path = folder / f"part-{number:05d}.safetensors"
             wanted = indices[start : start + PART]
-            parts.append(_part(path, data, extractor, wanted, batch_size, progress, stop))
+            parts.append(_part(cache, number, data, extractor, wanted, batch_size, progress, stop))
     features = torch.cat(parts)
-    statistics = _statistics(folder / f"statistics-{len(features)}.safetensors", features, identity)
+    statistics = _statistics(cache.folder / f"statistics-{len(features)}.safetensors", features, cache.identity)
     return Reference(features, statistics, data.fingerprint())
 
 
 def _part(
-    path: Path,
+    cache: ReferenceCache,
+    number: int,
     data: ImageData,
     extractor: InceptionFeatures,
     indices: list[int],
@@ -116,9 +105,7 @@ def _part(
     progress: tqdm,
     stop: StopRequest | None,
 ) -> Tensor:
-    from safetensors.torch import save
-
-    features = _load_part(path, extractor.dim)[: len(indices)]
+    features = cache.load(number)[: len(indices)]
     progress.update(len(features))
     if len(features) == len(indices):
         return features
@@ -129,20 +116,8 @@ def _part(
             progress.update(len(batch))
     finally:
         features = torch.cat(rows)
-        with suppress(OSError):  # a cache that cannot be written costs time, not the result
-            write_atomically(path, save({"features": features}))
+        cache.store(number, features)
     return features
-
-
-def _load_part(path: Path, dim: int) -> Tensor:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    with suppress(SafetensorError, OSError, KeyError):
-        features = load_file(path)["features"]
-        if features.ndim == 2 and features.shape[1] == dim:
-            return features
-    return torch.empty(0, dim)
 
 
 def _statistics(path: Path, features: Tensor, identity: dict[str, str]) -> FeatureStatistics:

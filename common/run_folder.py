@@ -38,6 +38,7 @@ MAY_CHANGE = {
     "train.gradient_checkpointing",
     "train.compile",
     "train.channels_last",
+    "train.ema.snapshot_every",
     "train.quick_evaluation.every",
     "train.quick_evaluation.batch_size",
     "train.validation.every",

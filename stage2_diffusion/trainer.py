@@ -126,7 +126,7 @@ class DiffusionTrainer:
         bar = progress_bar("train-diffusion", self.step, config.steps, is_main=main)
         first_batch = self.step * config.gradient_accumulation
         first_step = self.step  # what is due at it was done before it was saved
-        with bar, prefetched(self.latents.batch, first_batch) as batches:
+        with bar, prefetched(self.latents.batch, first_batch, depth=4, threads=2) as batches:
             while True:
                 done = self.step >= config.steps
                 reason = None if done else stop.agreed(self.accelerator)

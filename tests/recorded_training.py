@@ -24,7 +24,8 @@ def record(trainer_class: type, folder: Path) -> None:
 
     def save(trainer: object, moment: str) -> None:
         modules = {n: m for n in ("autoencoder", "discriminator", "model") if (m := getattr(trainer, n, None))}
-        states = {name: module.state_dict() for name, module in {**modules, "ema": trainer.ema.model}.items()}
+        average = getattr(trainer.ema, "shown", None) or trainer.ema.model
+        states = {name: module.state_dict() for name, module in {**modules, "ema": average}.items()}
         torch.save(states, folder / f"{os.environ.get('RANK', '0')}-{moment}.pt")
 
     def recorded(self: object, *arguments: object) -> None:

@@ -13,7 +13,7 @@ from filelock import FileLock
 from scipy import stats
 from torch import Tensor
 
-from wavelatent.common import reference_features
+from wavelatent.common import reference_cache
 from wavelatent.common.config import load_config, preset_names
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
 from wavelatent.common.evaluation import Result
@@ -78,7 +78,7 @@ def small(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(evaluate, "PerceptualDistance", no_lpips)
     monkeypatch.setattr(evaluate, "open_data", open_small)
     monkeypatch.setattr(ablate_module, "open_data", open_small)
-    monkeypatch.setattr(reference_features, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(reference_cache, "cache_folder", lambda: tmp_path / "cache")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from wavelatent.common.randomness import generator
 from wavelatent.stage2_diffusion.generation import generate_latents
 from wavelatent.stage2_diffusion.model import LatentDiffusion
 from wavelatent.stage2_diffusion.objectives import EDM, EDMConfig
+from wavelatent.stage2_diffusion.sampling import Sampling
 from wavelatent.stage2_diffusion.unet import UNetConfig
 
 TINY = UNetConfig(channels=16, multipliers=(1, 2), num_res_blocks=1, attention_levels=(1,), head_channels=8)
@@ -39,7 +40,7 @@ def test_saving_and_loading_is_exact_and_keeps_the_whitening(tmp_path):
     assert torch.equal(loaded.whitening(raw), model.whitening(raw))
 
 
-def test_the_loss_whitens_weighs_and_draws_from_its_generator():
+def test_the_loss_whitens_and_weighs():
     model = make()
     raw = torch.tensor(STATISTICS["mean"]).reshape(1, 3, 1, 1).expand(5, 3, 4, 6)  # whitened: zero
     sigma, noise = model.draw_noise(raw, generator(1, 2))
@@ -47,8 +48,19 @@ def test_the_loss_whitens_weighs_and_draws_from_its_generator():
     torch.nn.init.zeros_(model.network.out.bias)
     # F = 0, so D = c_skip sigma n = sigma n / (1 + sigma^2), and lambda = (1 + sigma^2) / sigma^2
     expected = noise.square().mean((1, 2, 3)) / (1 + sigma**2)
-    torch.testing.assert_close(model.loss(raw, generator(1, 2)), expected)
-    assert not torch.allclose(model.loss(raw, generator(1, 3)), expected)
+    total, denoising = model(raw, sigma, noise)
+    torch.testing.assert_close(total, expected)
+    assert denoising is total
+
+
+def test_a_learned_uncertainty_divides_the_loss_and_is_paid_for():
+    model = make(uncertainty={"channels": 8})
+    raw = torch.randn(5, 3, 4, 6, generator=generator("raw"))
+    sigma, noise = model.draw_noise(raw, generator(1, 2))
+    total, denoising = model(raw, sigma, noise)
+    u = model.uncertainty(sigma.log() / 4 - math.log(model.objective.noise_shift) / 4)
+    assert u.abs().min() > 1e-4
+    torch.testing.assert_close(total, denoising / u.exp() + u)
 
 
 def test_denoise_keeps_the_type_of_x():
@@ -72,7 +84,7 @@ def test_what_is_generated_is_raw_latents_with_the_mean_and_std_of_the_data(monk
     """Of whitened data that is N(0, 1) everywhere, the best denoiser is known: E[y | x] = x / (1 + sigma^2)."""
     model = make()
     monkeypatch.setattr(model, "denoise", lambda x, sigma, labels=None: x / (1 + expand_like(sigma, x) ** 2))
-    raw = generate_latents(model, range(300), steps=32)
+    raw = generate_latents(model, range(300), sampling=Sampling(steps=32))
     channels = raw.transpose(0, 1).flatten(1)  # 300 x 4 x 6 = 7200 draws of each
     assert channels.mean(dim=1).tolist() == pytest.approx(STATISTICS["mean"], abs=4 * 4.0 / math.sqrt(7200))
     for std, expected in zip(channels.std(dim=1).tolist(), STATISTICS["std"], strict=True):

@@ -63,7 +63,6 @@ class NoWeights(TinyInception):
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(reference_cache, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr("wavelatent.common.reference_features.cache_folder", lambda: tmp_path / "cache", raising=False)
     monkeypatch.setattr(quick_evaluation, "InceptionFeatures", TinyInception)
     TinyInception.images_seen = 0
 
