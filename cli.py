@@ -296,7 +296,9 @@ def _seeds(text: str) -> list[int]:
     metavar="[FILE]",
     help="Write the first 64 as one PNG; contact-sheet.png by default.",
 )
-@click.option("--interpolate", type=click.IntRange(min=0), nargs=2, default=None, metavar="A B", help="Two seeds.")
+@click.option(
+    "--interpolate", type=click.IntRange(min=0), nargs=2, default=None, metavar="A B", help="From seed A to B."
+)
 @click.option("--points", type=click.IntRange(min=2), default=None, help="Images of the interpolation (8).")
 @click.option("--ae", "autoencoder", default=None, help="The recorded autoencoder, where it has moved.")
 @MINUTES
