@@ -5,7 +5,7 @@ The residual block is the one of ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, 
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -69,23 +69,49 @@ def add_to_new(x: Tensor, branch: Tensor) -> Tensor:
     return branch.add_(x) if in_place else x + branch
 
 
+def in_layout_of(x: Tensor, weight: Tensor) -> Tensor:
+    """Return a channels-last ``weight`` as it is for a channels-last ``x``, and else contiguous.
+
+    A convolution is done channels last where either of the two is.
+    """
+    return weight if x.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
+
+
 class ChannelsLastConv2d(nn.Conv2d):
     """A convolution whose weight is always channels last in memory, and a contiguous tensor to everybody else.
 
     It is kept as ``[out_channels, kernel height * width, in_channels]``: as a strided weight of the usual shape it
-    would be copied back and forth by PyTorch's fused Adam (on a CPU, 7 % of a training step of our UNets).
+    would be copied back and forth by PyTorch's fused Adam (on a CPU, 7 % of a training step of our UNets). A state dict
+    has it in the usual shape. An input that is not channels last is convolved as it is.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
-        self.weight = nn.Parameter(self.weight.detach().flatten(2).transpose(1, 2).contiguous())
+        self.weight = nn.Parameter(_kept(self.weight.detach()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, in_channels, H, W]`` -> ``[B, out_channels, H', W']``, channels last."""
-        weight = self.weight.unflatten(1, self.kernel_size).permute(0, 3, 1, 2)
-        return self._conv_forward(x, weight, self.bias)
+        """``[B, in_channels, H, W]`` -> ``[B, out_channels, H', W']``, in the memory layout of ``x``."""
+        return self._conv_forward(x, in_layout_of(x, self._usual(self.weight)), self.bias)
+
+    def _usual(self, weight: Tensor) -> Tensor:
+        """Return the kept weight as ``[out_channels, in_channels, kernel height, width]``, channels last."""
+        return weight.unflatten(1, self.kernel_size).permute(0, 3, 1, 2)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self._usual(destination[f"{prefix}weight"])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        if (weight := state_dict.get(f"{prefix}weight")) is not None and weight.ndim == 4:
+            state_dict[f"{prefix}weight"] = _kept(weight)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def _kept(weight: Tensor) -> Tensor:
+    """Return a weight of the usual shape as :class:`ChannelsLastConv2d` keeps it."""
+    return weight.flatten(2).transpose(1, 2).contiguous()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..common.nn import attention
+from ..common.nn import attention, in_layout_of
 
 SILU_MAGNITUDE = 0.596
 """Magnitude of SiLU of a standard normal variable (eq. 81)."""
@@ -100,7 +100,7 @@ class MPConv(MPLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of ``x``."""
-        return F.conv2d(x, self.unit_weight, padding=self.weight.shape[-1] // 2)
+        return F.conv2d(x, in_layout_of(x, self.unit_weight), padding=self.weight.shape[-1] // 2)
 
 
 class MPFourier(nn.Module):

@@ -51,10 +51,10 @@ class MPUNet(nn.Module):
     None -> like ``x``: the raw network F of EDM. ``h`` and ``w`` must divide by 2 to the number of levels less one
     (`check_size`). With ``num_classes > 0``, ``labels=None``, and the label ``num_classes``, ask for the unconditional
     output. A new network returns zero. Call `after_step` after every step of the optimiser and before averaging.
-
-    Weights and feature maps are channels last, as in `UNet`.
     """
 
+    channels_last: bool = True
+    """Keep feature maps channels last, as in `UNet`."""
     gradient_checkpointing: bool = False
     """In training, keep only each block's input and compute the rest of it again in the backward pass."""
 
@@ -113,8 +113,8 @@ class MPUNet(nn.Module):
         self.check_size(*x.shape[-2:])
         embedding = self._embed(noise_label, labels)  # [B, embedding]
         ones = torch.ones_like(x[:, :1])  # in place of biases
-        x = torch.cat([x, ones], dim=1).contiguous(memory_format=torch.channels_last)
-        h = self.stem(x)  # [B, channels, h, w]
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        h = self.stem(torch.cat([x, ones], dim=1).contiguous(memory_format=layout))  # [B, channels, h, w]
         skips = [h]
         for layer in self.down:
             h = self._run(layer, h, embedding)

@@ -1,9 +1,9 @@
 """The table of denoiser networks: the raw network F of EDM on latents ``[B, C, h, w]`` of any channels and size.
 
-A network has ``config``, ``num_classes`` (0: none), ``check_size(h, w)``, ``forward(x, noise_label, labels=None)``, a
-plain attribute ``gradient_checkpointing`` (trade compute for memory in training; same result), and ``after_step()``,
-to be called after every step of the optimiser. Adding one costs its config and class, and a line in the union and the
-table.
+A network has ``config``, ``num_classes`` (0: none), ``check_size(h, w)``, ``forward(x, noise_label, labels=None)``,
+plain attributes ``gradient_checkpointing`` (trade compute for memory in training; same result) and ``channels_last``
+(memory layout; same result to rounding), and ``after_step()``, to be called after every step of the optimiser. Adding
+one costs its config and class, and a line in the union and the table.
 """
 
 from __future__ import annotations

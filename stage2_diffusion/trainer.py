@@ -89,8 +89,7 @@ class DiffusionTrainer:
         positions = held_out_positions(len(cache), held_out)
         self.validate = Validation(TrainingLatents(cache, 1, seed=0), positions.tolist(), self.micro_batch)
         self.model = model.to(accelerator.device).train()
-        if train.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.network.channels_last = train.channels_last
         self.model.network.gradient_checkpointing = train.gradient_checkpointing
         self.ema = PowerEMA(self.model, train.ema)  # copied before accelerate wraps the forward pass
         self._means = RunningMeans()

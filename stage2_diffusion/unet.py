@@ -7,50 +7,25 @@ nothing of noise levels, objectives or whitening.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..common.config import Config
 from ..common.nn import ChannelsLastConv2d as Conv
 from ..common.nn import ResBlock, SelfAttention, group_norm, zero_init
+from .unet_layout import UNetLayout
 
 
-class UNetConfig(Config):
+class UNetConfig(UNetLayout):
     """Widths, depth and attention of the UNet; the channels of its input follow from the latents."""
 
     kind: Literal["unet"] = "unet"
-    channels: int = Field(64, gt=0)
-    """Width of the first level."""
-    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 3), min_length=1)
-    """Width of each level, in units of ``channels``; every further level halves height and width."""
-    num_res_blocks: int = Field(2, gt=0)
-    """Residual blocks per level on the way down; one more on the way up."""
-    attention_levels: tuple[int, ...] = (1, 2)
-    """Levels with self-attention after every block, 0 being the latents' own resolution. LDM's "attention resolutions"
-    (1, 2, 4) are the levels (0, 1, 2). The middle always has attention."""
-    head_channels: int = Field(32, gt=0)
-    """Channels per attention head."""
     embedding_channels: int | None = Field(None, gt=0)
     """Width of the noise and class embedding; None is 4 times ``channels``, as in ADM."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> UNetConfig:
-        levels = len(self.multipliers)
-        if any(not 0 <= level < levels for level in self.attention_levels):
-            raise ValueError(f"attention_levels {self.attention_levels} must be among 0 to {levels - 1}")
-        for level in {*self.attention_levels, levels - 1}:
-            width = self.channels * self.multipliers[level]
-            if width % self.head_channels:
-                raise ValueError(
-                    f"head_channels {self.head_channels} must divide the {width} channels of level {level}"
-                )
-        return self
 
 
 class UNet(nn.Module):
@@ -60,10 +35,11 @@ class UNet(nn.Module):
     ``w`` must divide by 2 to the number of levels less one (`check_size`). With ``num_classes > 0``, ``labels=None``
     asks for the unconditional output, which has an embedding of its own.
 
-    Weights and feature maps are channels last, in which convolutions are fastest on a CPU (10 to 30 % in float32) and
-    on a GPU's matrix units.
     """
 
+    channels_last: bool = True
+    """Keep feature maps channels last, in which convolutions are fastest on a CPU (10 to 30 % in float32) and on a
+    GPU's matrix units."""
     gradient_checkpointing: bool = False
     """In training, keep only each block's input and compute the rest of it again in the backward pass."""
 
@@ -72,7 +48,7 @@ class UNet(nn.Module):
         self.config = config
         self.num_classes = num_classes
         embedding = config.embedding_channels or 4 * config.channels
-        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        widths = config.widths
 
         self.noise_embedding = NoiseEmbedding(config.channels, embedding)
         self.class_embedding = nn.Embedding(num_classes + 1, embedding) if num_classes else None
@@ -109,18 +85,14 @@ class UNet(nn.Module):
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ``ValueError``, with the fix, where feature maps of this size cannot be halved often enough."""
-        halvings = len(self.config.multipliers) - 1
-        if height % 2**halvings or width % 2**halvings:
-            raise ValueError(
-                f"latents of {height}x{width} cannot be halved {halvings} times: give multipliers fewer entries than "
-                f"{halvings + 1}, or latents whose height and width divide by {2**halvings}"
-            )
+        self.config.check_size(height, width)
 
     def forward(self, x: Tensor, noise_label: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the raw network output F, shaped like ``x``."""
         self.check_size(*x.shape[-2:])
         embedding = F.silu(self._embed(noise_label, labels))  # [B, embedding], as every block takes it
-        h = self.stem(x.contiguous(memory_format=torch.channels_last))  # [B, channels, h, w]
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        h = self.stem(x.contiguous(memory_format=layout))  # [B, channels, h, w]
         skips = [h]
         for layer in self.down:
             h = self._apply_layer(layer, h, embedding)

@@ -135,3 +135,15 @@ def test_a_channels_last_convolution_is_the_plain_one(kernel, stride):
         return torch.func.functional_call(conv, {"weight": weight, "bias": bias}, x)
 
     same_gradients(plain, ours, maps(2, 6, 5, 7), conv.weight.detach(), conv.bias.detach())
+
+
+def test_a_channels_last_convolution_is_saved_as_a_plain_one():
+    plain, ours = torch.nn.Conv2d(6, 8, 3, padding=1), ChannelsLastConv2d(6, 8, 3, padding=1)
+    ours.load_state_dict(plain.state_dict())
+    x = maps(2, 6, 5, 7)
+    torch.testing.assert_close(ours(x), plain(x))
+    state = ours.state_dict()
+    assert torch.equal(state["weight"], plain.weight)
+    other = ChannelsLastConv2d(6, 8, 3, padding=1)
+    other.load_state_dict(state)
+    assert torch.equal(other.weight, ours.weight)
