@@ -97,8 +97,11 @@ SAMPLER = _options(
         help="Noise levels within which guidance acts; all by default.",
     ),
     click.option("--guide", type=FOLDER, default=None, help="Autoguidance by this weaker run."),
-    click.option("--guide-ema", type=float, default=None, metavar="WIDTH", help="EMA width of the weaker run."),
-    click.option("--ema", type=float, default=None, metavar="WIDTH", help="EMA width; the first kept by default."),
+    click.option("--guide-ema", default=None, metavar="WIDTH|best", help="The same of the weaker run."),
+    click.option(
+        "--ema", default=None, metavar="WIDTH|best",
+        help="EMA width, or the best when measured in training; the last of the first width by default.",
+    ),
     click.option("--label", type=click.IntRange(min=0), default=None, help="The class of every image."),
     click.option(
         "--pass-rows", type=click.IntRange(min=1), default=None,

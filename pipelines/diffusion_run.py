@@ -42,10 +42,19 @@ def load_diffusion(run: Path) -> LatentDiffusion:
 
     Raises :class:`WavelatentError` where there is none yet, or its files do not belong together.
     """
-    folder = run / "model"
-    if not (folder / "model.safetensors").is_file():
-        raise WavelatentError(f"{run} has no model yet: run its train-diffusion command until it has saved one")
-    return load_model_folder(LatentDiffusion, folder)
+    return _load(run, "model")
+
+
+def load_best(run: Path) -> LatentDiffusion:
+    """Return the model of the run's best measurement so far, as :func:`load_diffusion` does the last."""
+    return _load(run, "best")
+
+
+def _load(run: Path, name: str) -> LatentDiffusion:
+    if not (run / name / "model.safetensors").is_file():
+        what = "model" if name == "model" else f"{name} model"
+        raise WavelatentError(f"{run} has no {what} yet: run its train-diffusion command until it has saved one")
+    return load_model_folder(LatentDiffusion, run / name)
 
 
 def recorded_autoencoder(record: dict[str, Any], given: str | Autoencoder | None = None) -> Autoencoder:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,8 +43,11 @@ from ..stage2_diffusion.generation import (
 )
 from ..stage2_diffusion.model import LatentDiffusion
 from ..stage2_diffusion.sampling import DEFAULT_SAMPLING, Sampling
-from .diffusion_run import load_diffusion, read_inputs, recorded_autoencoder
+from .diffusion_run import load_best, load_diffusion, read_inputs, recorded_autoencoder
 from .ema_snapshots import load_diffusion_at_width
+
+EMAChoice = float | Literal["best"]
+"""The average with which to sample: by its width, or the one that was best when it was measured."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,10 @@ class SampleOptions:
     Attributes:
         sampling: sampler, noise levels and guidance.
         label: the class of every image; by default a class-conditional run draws one uniformly by the seed.
-        ema: width of the average of the weights; None is the one in the run's model folder.
+        ema: width of the average of the weights, or ``best``, the model of the run's best measurement; None is the one
+            in the run's model folder.
         guide: run of the weaker model of autoguidance; ``sampling.guidance`` is then its weight.
-        guide_ema: width of the weaker model's average; None is the one in its model folder.
+        guide_ema: the same of the weaker run.
         mixed_precision: the precision that all networks run in.
         tile: decode in tiles of so many pixels (:mod:`..stage1_autoencoder.tiling`), for images that do not fit in
             memory.
@@ -65,9 +69,9 @@ class SampleOptions:
 
     sampling: Sampling = DEFAULT_SAMPLING
     label: int | None = None
-    ema: float | None = None
+    ema: EMAChoice | None = None
     guide: Path | None = None
-    guide_ema: float | None = None
+    guide_ema: EMAChoice | None = None
     mixed_precision: MixedPrecision = "no"
     tile: int | None = None
     pass_rows: int = 16
@@ -92,7 +96,9 @@ def take_options(arguments: dict[str, Any]) -> SampleOptions:
         values = {name: arguments.pop(name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
-    return SampleOptions(Sampling(**given(Sampling)), **given(SampleOptions))
+    sampling, options = Sampling(**given(Sampling)), given(SampleOptions)
+    chosen = {name: ema_choice(options[name]) for name in ("ema", "guide_ema") if name in options}
+    return SampleOptions(sampling, **{**options, **chosen})
 
 
 class ImageSampler:
@@ -128,6 +134,11 @@ class ImageSampler:
             has = f"the classes 0 to {self.model.num_classes - 1}" if self.model.num_classes else "no classes"
             raise UsageError(f"label {options.label}: this run was trained with {has}")
         guided_denoiser(self.model, self.labels([0]), options.sampling, self.weaker)  # refuses what cannot be
+        if options.sampling.guidance != 1 and self.weaker is None and not _train_config(run)["label_dropout"]:
+            raise UsageError(
+                f"--guidance {options.sampling.guidance}: {run} was trained with label_dropout 0 and has no "
+                "unconditional output; guide it by another run with --guide"
+            )
 
     @cached_property
     def decoder(self) -> Autoencoder | TiledAutoencoder:
@@ -153,7 +164,7 @@ class ImageSampler:
             "autoencoder_fingerprint": self._inputs["autoencoder"]["fingerprint"],
             **sampling,
             "evaluations": evaluations(options.sampling, self.model.objective),
-            "ema": _averaged(self.run) if options.ema is None else options.ema,
+            "ema": _train_config(self.run)["ema"]["widths"][0] if options.ema is None else options.ema,
             "guide": None if options.guide is None else str(options.guide.resolve()),
             "guide_sha256": None if self.weaker is None else weights_sha256(self.weaker),
             "label": by_seed if options.label is None else options.label,
@@ -262,15 +273,25 @@ def weights_sha256(model: LatentDiffusion) -> str:
     return digest.hexdigest()
 
 
-def _load(run: Path, ema: float | None) -> LatentDiffusion:
+def ema_choice(text: str) -> EMAChoice:
+    """Parse a width or ``best``. Raises :class:`UsageError`."""
+    if text == "best":
+        return "best"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(f"--ema {text}: give a width, such as 0.05, or best") from error
+
+
+def _load(run: Path, ema: EMAChoice | None) -> LatentDiffusion:
+    if ema == "best":
+        return load_best(run)
     return load_diffusion(run) if ema is None else load_diffusion_at_width(run, ema)
 
 
-def _averaged(run: Path) -> Any:
-    """Return the width of the average in the run's model folder, or its whole configuration where that has none."""
+def _train_config(run: Path) -> dict[str, Any]:
     config = parse_yaml((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
-    ema = config["train"]["ema"]
-    return ema["widths"][0] if "widths" in ema else ema
+    return config["train"]
 
 
 def _plain(value: Any) -> Any:

@@ -20,9 +20,10 @@ from tiny_diffusion_run import H, W, random_model, write_autoencoder, write_run
 
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
 from wavelatent.common.power_ema import SNAPSHOT_FOLDER, PowerEMA, PowerEMAConfig, save_snapshot
+from wavelatent.common.run_folder import save_model_folder
 from wavelatent.pipelines.sample import Extras, sample
 from wavelatent.pipelines.sample_folder import SampleWriter
-from wavelatent.pipelines.sample_images import ImageSampler, SampleOptions, sample_images, weights_sha256
+from wavelatent.pipelines.sample_images import ImageSampler, SampleOptions, ema_choice, sample_images, weights_sha256
 from wavelatent.pipelines.sample_sources import RunSamples, SampleFolder
 from wavelatent.stage2_diffusion.generation import draw_labels
 from wavelatent.stage2_diffusion.samplers import SAMPLERS
@@ -202,6 +203,29 @@ def test_another_ema_width_is_other_weights(autoencoder: Path, tmp_path: Path) -
     assert wide.protocol()["ema"] == 0.15
     assert wide.protocol()["model_sha256"] == weights_sha256(averaged)
     assert not torch.equal(wide.draw([0]), images(run, [0]))
+
+
+def test_the_best_model_can_be_sampled(autoencoder: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", autoencoder)
+    with pytest.raises(WavelatentError, match="has no best model yet"):
+        ImageSampler(run, SampleOptions(SHORT, ema="best"), device="cpu")
+    save_model_folder(random_model(7), run / "best")
+    best = ImageSampler(run, SampleOptions(SHORT, ema="best", pass_rows=4), device="cpu")
+    assert best.protocol()["ema"] == "best"
+    last = ImageSampler(run, SampleOptions(SHORT, pass_rows=4), device="cpu")
+    assert not torch.equal(best.draw([0, 1]), last.draw([0, 1]))
+    assert [ema_choice(text) for text in ("best", "0.05")] == ["best", 0.05]
+    with pytest.raises(UsageError, match="--ema most: give a width"):
+        ema_choice("most")
+
+
+def test_guidance_by_an_output_that_was_never_trained_is_refused(with_classes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(with_classes, run)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("label_dropout: 0.1", "label_dropout: 0.0"))
+    with pytest.raises(UsageError, match="label_dropout 0"):
+        ImageSampler(run, SampleOptions(Sampling("euler", 2, guidance=2.0)), device="cpu")
 
 
 @pytest.mark.parametrize("labelled", [False, True])

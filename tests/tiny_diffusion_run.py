@@ -43,5 +43,5 @@ def write_run(folder: Path, autoencoder: Path, *, seed: int = 0, num_classes: in
     fingerprint = Autoencoder.from_pretrained(autoencoder).fingerprint()
     record = {"kind": "diffusion", "autoencoder": {"fingerprint": fingerprint, "path": str(autoencoder)}}
     (folder / "inputs.json").write_text(json.dumps(record))
-    (folder / "config.yaml").write_text("train:\n  ema:\n    widths: [0.1, 0.05]\n")
+    (folder / "config.yaml").write_text("train:\n  label_dropout: 0.1\n  ema:\n    widths: [0.1, 0.05]\n")
     return folder
