@@ -1,4 +1,4 @@
-"""What the latent health report is made of: sections of figures, plots and verdicts, and what they are computed from."""
+"""What the latent health report is made of: sections of figures, plots and verdicts, and the data behind them."""
 
 from __future__ import annotations
 
