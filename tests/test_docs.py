@@ -1,18 +1,29 @@
-"""The reference of stage one names what there is, and what it and the README name is there."""
+"""The references of both stages name what there is, and what they and the README name is there."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields as fields_of
+from functools import reduce
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import click
 import pytest
 from pydantic import BaseModel
+from tiny_cache import write_cache
 
+import cli
 from wavelatent.common.config import PRESETS, Config, load_config, parse_yaml, preset_names
+from wavelatent.common.power_ema import PowerEMAConfig
+from wavelatent.common.run_folder import MAY_CHANGE
+from wavelatent.common.runtime import RuntimeOptions
 from wavelatent.pipelines.ablate_config import AblationConfig
 from wavelatent.pipelines.diffusion_config import DiffusionRunConfig
 from wavelatent.pipelines.run_config import AutoencoderRunConfig
+from wavelatent.pipelines.sample_images import SampleOptions
+from wavelatent.pipelines.train_diffusion import train_diffusion
 from wavelatent.stage1_autoencoder.adversarial import AdversarialConfig
 from wavelatent.stage1_autoencoder.autoencoder import (
     DECODERS,
@@ -28,15 +39,36 @@ from wavelatent.stage1_autoencoder.objective import ObjectiveConfig
 from wavelatent.stage1_autoencoder.perturbations import PERTURBATIONS, PerturbationConfig
 from wavelatent.stage1_autoencoder.phases import PhaseConfig
 from wavelatent.stage1_autoencoder.pretrained import PretrainedConfig
+from wavelatent.stage2_diffusion.generation import evaluations
+from wavelatent.stage2_diffusion.model import WhiteningKind
+from wavelatent.stage2_diffusion.networks import DENOISERS, DenoiserConfig
+from wavelatent.stage2_diffusion.noise_tables import NOISE_TABLES
+from wavelatent.stage2_diffusion.objectives import OBJECTIVES
+from wavelatent.stage2_diffusion.objectives import ObjectiveConfig as DiffusionObjectiveConfig
+from wavelatent.stage2_diffusion.samplers import SAMPLERS
+from wavelatent.stage2_diffusion.sampling import GRIDS, Sampling
+from wavelatent.stage2_diffusion.train_config import DiffusionTrainConfig
+from wavelatent.stage2_diffusion.uncertainty import UncertaintyConfig
+from wavelatent.stage2_diffusion.validation import SIGMA_BINS
+from wavelatent.stage2_diffusion.weighting import WEIGHTINGS, WeightingConfig
 
 ROOT = PRESETS.parent.parent
 PAGES = {"README.md": ROOT / "README.md", **{f"docs/{p.name}": p for p in (ROOT / "docs").glob("*.md")}}
-TEXT = (ROOT / "docs" / "stage-one.md").read_text(encoding="utf-8")
-SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]}
+REFERENCES = {"tiny/": "docs/stage-one.md", "tiny2/": "docs/stage-two.md"}
+"""The reference of each stage, by the folder of its presets."""
+
+
+def sections(page: str) -> dict[str, str]:
+    text = PAGES[page].read_text(encoding="utf-8")
+    return {part.partition("\n")[0]: part for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]}
+
+
+TEXT = PAGES["docs/stage-one.md"].read_text(encoding="utf-8")
+SECTIONS = sections("docs/stage-one.md")
 SOURCE = "\n".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "stage1_autoencoder").glob("*.py")))
 PANEL = ("gan/", "latent/")
 CONFIGS = {"train-ae": AutoencoderRunConfig, "train-diffusion": DiffusionRunConfig, "ablate": AblationConfig}
-PRESET_NAME = r"(?:tiny/|(?:ae|litevae|kl|pretrained|ablation|unet)-)[\w/-]+"
+PRESET_NAME = r"ldm8|(?:tiny2?/|(?:ae|litevae|kl|pretrained|ablation|unet)-)[\w/-]+"
 
 
 def keys(*titles: str) -> set[str]:
@@ -132,9 +164,11 @@ def test_the_defaults_are_the_codes():
                 assert value == plain, f"{title}: {name}"
 
 
-def test_every_tiny_preset_is_named():
-    assert {name for name in preset_names() if name.startswith("tiny/")} - set(
-        re.findall(r"tiny/[\w-]+", TEXT)
+@pytest.mark.parametrize("folder", REFERENCES)
+def test_every_tiny_preset_is_named(folder):
+    text = PAGES[REFERENCES[folder]].read_text(encoding="utf-8")
+    assert {name for name in preset_names() if name.startswith(folder)} - set(
+        re.findall(rf"{folder}[\w-]+", text)
     ) == set()
 
 
@@ -145,20 +179,44 @@ def test_presets_that_are_named_exist(page):
     assert set(named) - set(preset_names()) == set()
 
 
+def blocks(page: str, language: str) -> str:
+    """Return the page's blocks of code in a language, joined."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    return "\n".join(re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL))
+
+
+def commands(page: str) -> Iterator[list[str]]:
+    """Yield the arguments of every ``wavelatent`` in the page's blocks, also of those under torchrun."""
+    from torch.distributed.run import parse_args
+
+    for line in blocks(page, "bash").replace("\\\n", " ").splitlines():
+        program, *words = shlex.split(line, comments=True) or [""]
+        if program == "torchrun":
+            parsed = parse_args(words)
+            assert parsed.training_script in ("cli.py", "wavelatent.cli"), line
+            program, words = "wavelatent", parsed.training_script_args
+        if program == "wavelatent":
+            yield words
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_resolve(page, tmp_path, monkeypatch):
-    """Every CONFIG of a training command in a block of code, with its overrides, is one that the command takes."""
+    """Every command in a block of code has only arguments that it takes, and every CONFIG and override is valid."""
     monkeypatch.chdir(tmp_path)
-    text = PAGES[page].read_text(encoding="utf-8")
-    Path("mine.yaml").write_text("\n".join(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)), encoding="utf-8")
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", " ")
-    commands = [
-        words for line in blocks.splitlines() if (words := shlex.split(line, comments=True))[:1] == ["wavelatent"]
-    ]
-    configs = [words for words in commands if words[1] in CONFIGS]
-    assert configs
-    for _, command, source, *rest in configs:
-        load_config(CONFIGS[command], source, [word for word in rest if re.match(r"[a-z_.]+=", word)])
+    Path("mine.yaml").write_text(blocks(page, "yaml"), encoding="utf-8")
+    found = list(commands(page))
+    assert any(words[0] in CONFIGS for words in found)
+    for words in found:
+        take(cli.cli, words)
+        if words[0] in CONFIGS:
+            load_config(CONFIGS[words[0]], words[1], [word for word in words[2:] if re.match(r"[a-z_.]+=", word)])
+
+
+def take(command: click.Command, words: list[str]) -> None:
+    """Parse a command line, which raises where it is wrong, without running it."""
+    while isinstance(command, click.Group):
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context(command.name, list(words))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -178,3 +236,108 @@ def test_every_figure_of_the_log_that_is_named_is_logged_and_the_other_way_round
     assert {part for part in parts if f'"{part}"' not in SOURCE and f'"loss/{part}"' not in SOURCE} == set()
     assert {"total", "adversarial", "discriminator", "r1", "r2", "lecam", "kl", "latent_mean"} <= parts
     assert AutoencoderConfig().bottleneck.penalty_weights.keys() <= parts
+
+
+# --- stage two: the first cell of a row is YAML, in one or more pieces of code
+
+TWO = sections("docs/stage-two.md")
+OF_STAGE_TWO: list[tuple[str, tuple[type[Config], ...], set[str]]] = [
+    ("Networks", members(DenoiserConfig), set(DENOISERS)),
+    ("Objectives", members(DiffusionObjectiveConfig), set(OBJECTIVES)),
+    ("Weighting of noise levels", members(WeightingConfig), set(WEIGHTINGS)),
+    ("Averages of the weights", (PowerEMAConfig,), set()),
+    ("Training options", (DiffusionTrainConfig,), set()),
+]
+
+
+def first_cells(title: str) -> list[list[str]]:
+    """The pieces of code in the first cell of every row of a section's tables."""
+    rows = [line for line in TWO[title].splitlines() if line.startswith("| ")]
+    return [codes for row in rows if (codes := re.findall("`([^`]*)`", row.split("|")[1]))]
+
+
+def settings(title: str) -> list[dict[str, Any]]:
+    return [parse_yaml("{" + ", ".join(codes) + "}", title) for codes in first_cells(title) if ":" in codes[0]]
+
+
+@pytest.mark.parametrize(("title", "models", "kinds"), OF_STAGE_TWO, ids=[title for title, *_ in OF_STAGE_TWO])
+def test_every_setting_of_stage_two_has_a_row_with_the_codes_default(title, models, kinds):
+    rows = settings(title)
+    assert {row["kind"] for row in rows if "kind" in row} == kinds
+    sections_of_their_own = {"weighting", "ema"}
+    assert fields(*models) - sections_of_their_own - {name for row in rows for name in row} == set()
+    for row in rows:
+        defaults = [model().model_dump(mode="json") for model in models]
+        meant = [d for d in defaults if row.keys() <= d.keys() and row.get("kind") in (None, d.get("kind"))]
+        assert meant, row
+        for default in meant:
+            assert row == {name: default[name] for name in row}
+
+
+def test_the_rest_of_stage_two_is_named():
+    assert settings("Whitening") == [{"whitening": kind} for kind in ("channel", "scalar", "none")]
+    assert set(get_args(WhiteningKind)) == {"channel", "scalar", "none"}
+    assert set(NOISE_TABLES) <= set(re.findall("`([^`\n]+)`", TWO["Objectives"]))
+    assert fields(UncertaintyConfig) <= set(re.findall(r"\w+", TWO["Weighting of noise levels"]))
+    plain = {"weighting", "whitening", "class_conditional", "objective", "model", "train"}
+    assert plain - set(re.findall(r"\w+", "".join(TWO.values()))) == set()
+
+
+def test_what_a_resumed_run_may_change_is_marked():
+    marked = {
+        name
+        for title in ("Training options", "Averages of the weights")
+        for line in TWO[title].splitlines()
+        if line.startswith("| ") and "°" in line
+        for name in re.findall(r"\w+", line)
+    }
+    ours = [path for path in MAY_CHANGE if exists(DiffusionRunConfig().model_dump(), path)]
+    assert len(ours) > 10
+    assert {path.rpartition(".")[2] for path in ours} - marked == set()
+
+
+def exists(tree: dict[str, Any], path: str) -> bool:
+    try:
+        reduce(lambda node, name: node[name], path.split("."), tree)
+    except KeyError:
+        return False
+    return True
+
+
+def test_the_tables_of_samplers_and_grids():
+    codes = [codes[0] for codes in first_cells("Samplers and grids") if not codes[0].startswith("--")]
+    assert codes == [*sorted(SAMPLERS, key=codes.index), *sorted(GRIDS, key=codes.index)]
+    evaluated = {"$N$": 7, "$2N - 1$": 13}
+    for name in SAMPLERS:
+        row = next(line for line in TWO["Samplers and grids"].splitlines() if line.startswith(f"| `{name}` "))
+        assert evaluated[row.split("|")[3].strip()] == evaluations(Sampling(name, steps=7))
+
+
+def test_every_option_of_sampling_is_named_with_its_default():
+    given: dict[str, Any] = {}
+    for title in ("Averages of the weights", "Samplers and grids", "Guidance", "Sampling"):
+        for code in re.findall(r"`(--[a-z][^`\n]*)`", TWO[title]):
+            option, _, value = code.removeprefix("--").partition(" ")
+            given.setdefault(option.replace("-", "_"), value)
+            if re.fullmatch(r"[\d.]+", value) and option != "eta":  # --eta's default is the sampler's
+                default = {f.name: f.default for kind in (Sampling, SampleOptions) for f in fields_of(kind)}
+                assert default.get(option.replace("-", "_"), float(value)) == float(value), code
+    options = {f.name for kind in (Sampling, SampleOptions) for f in fields_of(kind)} - {"sampling"}
+    assert options - {"mixed_precision", "tile"} - set(given) == set()  # those two are every command's
+    assert set(given) - {param.name for param in cli.cli.commands["sample"].params} - {"flips", "dtype"} == set()
+
+
+def test_the_example_of_stage_two_trains_and_every_figure_it_logs_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(blocks("docs/stage-two.md", "yaml"), encoding="utf-8")
+    config = load_config(DiffusionRunConfig, "mine.yaml", ["train.uncertainty={channels: 4}", "train.sample_every=0"])
+    run = tmp_path / "run"
+    train_diffusion(config, latents=write_cache(tmp_path / "cache"), out=run, options=RuntimeOptions("cpu"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    logged = {name for line in lines for name in line} - {"step", "images", "seconds"}
+    named = {name for codes in first_cells("What every run logs") for name in codes}
+    assert logged >= {f"validation/{name}" for name in ("loss", *(f"sigma_{name}" for name in SIGMA_BINS))}
+    assert logged - named == set()
+    not_drawn = {f"loss/denoising/sigma_{name}" for name in SIGMA_BINS}  # of so few samples
+    assert named - logged - not_drawn == {"quick_fid", "quick_kid", "quick_seconds"}
+    assert {path.name for path in run.iterdir()} >= {"model", "best", "ema"}
