@@ -187,16 +187,19 @@ def blocks(page: str, language: str) -> str:
 
 def commands(page: str) -> Iterator[list[str]]:
     """Yield the arguments of every ``wavelatent`` in the page's blocks, also of those under torchrun."""
-    from torch.distributed.run import parse_args
-
     for line in blocks(page, "bash").replace("\\\n", " ").splitlines():
         program, *words = shlex.split(line, comments=True) or [""]
-        if program == "torchrun":
-            parsed = parse_args(words)
-            assert parsed.training_script in ("cli.py", "wavelatent.cli"), line
-            program, words = "wavelatent", parsed.training_script_args
-        if program == "wavelatent":
-            yield words
+        if program in ("wavelatent", "torchrun"):
+            yield words if program == "wavelatent" else past_torchrun(words)
+
+
+def past_torchrun(words: list[str]) -> list[str]:
+    """Return the arguments that torchrun hands on to us; it keeps abbreviations of its own options, such as --run."""
+    from torch.distributed.run import parse_args
+
+    parsed = parse_args(words)
+    assert parsed.training_script in ("cli.py", "wavelatent.cli")
+    return list(parsed.training_script_args)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -210,6 +213,14 @@ def test_commands_resolve(page, tmp_path, monkeypatch):
         take(cli.cli, words)
         if words[0] in CONFIGS:
             load_config(CONFIGS[words[0]], words[1], [word for word in words[2:] if re.match(r"[a-z_.]+=", word)])
+
+
+@pytest.mark.parametrize("page", [name for name, path in PAGES.items() if "`torchrun" in path.read_text("utf-8")])
+def test_torchrun_in_the_text_hands_on_every_option(page):
+    sample = ["sample", "--run", "runs/unet", "--num", "4", "--out", "samples"]
+    for code in re.findall(r"`torchrun (-[^`]*)`", PAGES[page].read_text(encoding="utf-8")):
+        words = shlex.split(code)
+        take(cli.cli, past_torchrun(words if "sample" in words else [*words, *sample]))
 
 
 def take(command: click.Command, words: list[str]) -> None:
@@ -302,6 +313,14 @@ def exists(tree: dict[str, Any], path: str) -> bool:
     except KeyError:
         return False
     return True
+
+
+def test_the_readme_names_every_kind_of_stage_two():
+    rows = [line for line in PAGES["README.md"].read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    cells = {row.split("|")[1].strip(): set(re.findall("`([^`]*)`", row.split("|")[2])) for row in rows}
+    assert cells["denoiser"] == set(DENOISERS)
+    assert cells["objective"] == set(OBJECTIVES) | set(WEIGHTINGS) - {"network"}
+    assert cells["samplers"] == set(SAMPLERS) | set(GRIDS)
 
 
 def test_the_tables_of_samplers_and_grids():
