@@ -64,7 +64,7 @@ def test_the_resize_is_pillows_bicubic():
     expected = (torch.from_numpy(resized) - torch.tensor(MEAN)) / torch.tensor(STD)
     mine = normalised(images)[0].permute(1, 2, 0).double()
     assert (mine - expected).abs().max() < 1.01 / 255 / min(STD), "one step of uint8 at most"
-    assert (mine - expected).abs().mean() < 0.2 / 255 / min(STD)
+    assert (mine - expected).abs().mean() < 0.3 / 255 / min(STD)
 
 
 def test_what_is_no_dinov2_is_refused_by_name(folder, tmp_path):
