@@ -1,0 +1,218 @@
+"""Does a latent site hold what lies under it, or something about the whole picture? A section of the health report.
+
+The autoencoder of Stable Diffusion is reported to keep global information in a few sites: a spot at which the posterior
+is certain to the clamp, and moving which changes the whole picture. A denoiser that gets such a site a little wrong
+gets everything a little wrong. This section looks for such sites and shows the map, found or not.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.latents import Whitening
+from ..common.randomness import generator
+from .health import Figure, LatentData, Plot, Section, Verdict
+from .health_passes import Coder, Lpips, Passes, factor_of, subset, whitening_of
+
+IMAGES = 2
+"""Images whose every site is moved; the maps of energy and variance are of all images."""
+MAX_CELLS = 256
+"""Where a latent has more sites, square cells of neighbouring sites are moved together, so that none is missed."""
+RADIUS_SITES = 4
+"""Rows and columns of single sites, evenly spread, on which the radius is measured."""
+CONTAINED = 0.9
+"""Share of the squared change within the influence radius."""
+FAR, MIN_FAR_SITES = 0.25, 2.5
+"""Far is further from the moved cell's centre than this share of the image's longer side, and than this many sites."""
+MOST_NAMED = 5
+GLOBAL_SHARE, GLOBAL_STRENGTH = 0.25, 0.5
+
+
+class Influence(NamedTuple):
+    """What moving each of ``K`` cells does, the mean over images.
+
+    Attributes:
+        total: squared change of the picture, ``[K]``.
+        far: the part of it that falls far away, ``[K]``.
+        radius: pixels from the cell's centre within which `CONTAINED` of it lies, ``[K]``; the median over images.
+        far_pixels: share of the picture that counts as far, ``[K]``.
+    """
+
+    total: Tensor
+    far: Tensor
+    radius: Tensor
+    far_pixels: Tensor
+
+
+def locality(autoencoder: Coder, data: LatentData, *, batch_size: int, lpips: Lpips | None) -> Section:
+    """Return how far one site reaches, which sites move the whole picture, and where latent energy is concentrated.
+
+    Every site is moved by one standard deviation, all its channels at once and each up or down by chance, and the
+    squared change of the decoded picture is laid over distance. The *influence radius* is the distance from the site's
+    centre that contains 90 % of it, the median over sites (in whole pictures, the edge cuts it off); ``radius_sites``
+    is in latent sites, where 0.7 is the corner of the site's own square. The map shows for each site the share of the
+    change that falls far away: beyond a quarter of the longer side and beyond two and a half sites. A site is *global*
+    where that share is above a quarter, and as much as half of what the median site changes in all.
+
+    *Energy* is the square of the whitened latents, the mean over images and channels; its mean over sites is 1.
+
+    ``lpips`` is not used.
+    """
+    whiten, factor, passes = whitening_of(data), factor_of(data), Passes(autoencoder, batch_size)
+    height, width = data.mean.shape[-2:]
+    side = math.ceil(math.sqrt(height * width / MAX_CELLS))
+    moved = subset(data, IMAGES)
+    cells = _cells(height, width, side)
+    influence = _influence(passes, whiten, moved, cells, factor)
+    single = influence if side == 1 else _influence(passes, whiten, moved, _spread(height, width), factor)
+    radius = single.radius.median().item()
+    shape = (math.ceil(height / side), math.ceil(width / side))
+    share = torch.where(influence.total > 0, influence.far / influence.total, 0.0)
+    strength = influence.far / influence.total.median().clamp(min=torch.finfo(torch.float64).tiny)
+    is_global = (share > GLOBAL_SHARE) & (strength > GLOBAL_STRENGTH)
+    found = is_global.nonzero().flatten()
+    found = found[strength[found].argsort(descending=True)]
+    energy = whiten(data.mean).double().square().mean(dim=(0, 1))
+    figures: dict[str, Figure] = {
+        "images": len(moved.images),
+        "cell_sites": side,
+        "radius_pixels": radius,
+        "radius_sites": radius / factor,
+        "far_share_median": share.median().item(),
+        "far_share_max": share.max().item(),
+        "global_sites": len(found),
+        "global_rows": (found // shape[1] * side).tolist()[:MOST_NAMED],
+        "global_columns": (found % shape[1] * side).tolist()[:MOST_NAMED],
+        **_energy_figures(energy),
+    }
+    plots = [
+        Plot("Share of a site's influence that falls far away", {"share": share.reshape(shape).tolist()}, kind="image"),
+        Plot("Energy of the latents by site", {"energy": energy.tolist()}, kind="image"),
+    ]
+    if data.std is not None:
+        logvar = 2 * data.std.double().clamp(min=torch.finfo(torch.float32).tiny).log().mean(dim=(0, 1))
+        figures |= {"logvar_site_min": logvar.min().item(), "logvar_site_max": logvar.max().item()}
+        plots.append(Plot("Mean log-variance of the posterior by site", {"logvar": logvar.tolist()}, kind="image"))
+    judged = influence.far_pixels.max().item() > 0
+    return Section("locality", figures, [_verdict(figures, strength, found, factor, judged)], plots)
+
+
+def _cells(height: int, width: int, side: int) -> Tensor:
+    """Return masks ``[K, h, w]`` of square cells of ``side`` sites that cover the latent, row by row."""
+    rows = torch.arange(height) // side
+    columns = torch.arange(width) // side
+    cells = rows[:, None] * math.ceil(width / side) + columns
+    return F.one_hot(cells.flatten()).T.reshape(-1, height, width).bool()
+
+
+def _spread(height: int, width: int) -> Tensor:
+    """Return masks ``[K, h, w]`` of single sites that are evenly spread over the latent."""
+    masks = []
+    for row in range(min(RADIUS_SITES, height)):
+        for column in range(min(RADIUS_SITES, width)):
+            mask = torch.zeros(height, width, dtype=torch.bool)
+            mask[
+                (2 * row + 1) * height // (2 * min(RADIUS_SITES, height)),
+                (2 * column + 1) * width // (2 * min(RADIUS_SITES, width)),
+            ] = True
+            masks.append(mask)
+    return torch.stack(masks)
+
+
+def _influence(passes: Passes, whiten: Whitening, data: LatentData, cells: Tensor, factor: int) -> Influence:
+    distance = _distances(cells, factor)
+    _, height, width = cells.shape
+    limit = max(FAR * factor * max(height, width), MIN_FAR_SITES * factor)
+    far = distance > limit
+    order = distance.flatten(1).argsort(dim=1)
+    totals, fars, radii = [], [], []
+    for mean in data.mean:
+        latent = whiten(mean[None])
+        clean = passes.decode(mean[None])
+        signs = torch.randint(2, latent.shape, generator=generator("locality")).mul(2).sub(1).float()
+        change = []
+        for block in cells.split(passes.batch_size):
+            decoded = passes.decode(whiten.inverse(latent + signs * block[:, None]))
+            change.append((decoded - clean).double().square().sum(dim=1))
+        changes = torch.cat(change)  # [K, H, W]
+        totals.append(changes.sum(dim=(1, 2)))
+        fars.append((changes * far).sum(dim=(1, 2)))
+        radii.append(_radius(changes.flatten(1), distance.flatten(1), order))
+    return Influence(
+        torch.stack(totals).mean(dim=0),
+        torch.stack(fars).mean(dim=0),
+        torch.stack(radii).median(dim=0).values,
+        far.double().mean(dim=(1, 2)),
+    )
+
+
+def _distances(cells: Tensor, factor: int) -> Tensor:
+    """Return the distance of every pixel's centre from every cell's centre, in pixels, ``[K, H, W]``."""
+    _, height, width = cells.shape
+    y = torch.arange(height * factor, dtype=torch.float64) + 0.5
+    x = torch.arange(width * factor, dtype=torch.float64) + 0.5
+    counts = cells.sum(dim=(1, 2))
+    site_y = (torch.arange(height) + 0.5) * factor
+    site_x = (torch.arange(width) + 0.5) * factor
+    center_y = (cells.sum(dim=2) * site_y).sum(dim=1) / counts
+    center_x = (cells.sum(dim=1) * site_x).sum(dim=1) / counts
+    return torch.hypot(y[:, None] - center_y[:, None, None], x - center_x[:, None, None])
+
+
+def _radius(changes: Tensor, distance: Tensor, order: Tensor) -> Tensor:
+    """Return the distance that contains `CONTAINED` of each row of ``changes [K, H * W]``: ``[K]``."""
+    inside = changes.gather(1, order).cumsum(dim=1)
+    index = (inside < CONTAINED * inside[:, -1:]).sum(dim=1, keepdim=True).clamp(max=changes.shape[1] - 1)
+    return distance.gather(1, order).gather(1, index).flatten()
+
+
+def _energy_figures(energy: Tensor) -> dict[str, Figure]:
+    """Return how evenly a map ``[h, w]`` is spread: 1 and 1 where it is the same everywhere."""
+    mean = energy.mean()
+    if mean == 0:
+        return {"energy_max_over_mean": None, "energy_participation": None}
+    participation = mean.square() / energy.square().mean()
+    return {
+        "energy_max_over_mean": (energy.max() / mean).item(),
+        "energy_participation": participation.item(),
+        "energy_max_row": int(energy.argmax()) // energy.shape[1],
+        "energy_max_column": int(energy.argmax()) % energy.shape[1],
+    }
+
+
+def _verdict(figures: dict[str, Figure], strength: Tensor, found: Tensor, factor: int, judged: bool) -> Verdict:
+    side, count = figures["cell_sites"], len(found)
+    what = "site" if side == 1 else f"cell of {side}x{side} sites"
+    reach = f"90 % of a site's influence lies within {figures['radius_pixels']:.1f} px ({factor} px per site)"
+    if not judged:
+        text = f"The latent has too few sites to tell near from far; {reach}."
+    elif count:
+        rows, columns = figures["global_rows"], figures["global_columns"]
+        assert isinstance(rows, list)
+        assert isinstance(columns, list)
+        places = ", ".join(f"(row {row}, column {column})" for row, column in zip(rows, columns, strict=True))
+        more = f" and {count - len(rows)} more" if count > len(rows) else ""
+        are = "moves" if count == 1 else "move"
+        text = (
+            f"{count} {what}{'s' * (count > 1)} {are} the whole picture: {places}{more}; the strongest changes what is "
+            f"far away {strength[found[0]].item():.1f} times as much as the median one changes in all; {reach}."
+        )
+    else:
+        text = (
+            f"No {what} moves the whole picture: at most {figures['far_share_max']:.1%} of a change falls far away; "
+            f"{reach}."
+        )
+    return Verdict(
+        "fault" if count and judged else "ok",
+        "global_site",
+        text,
+        f"fault: a {what} of whose influence more than {GLOBAL_SHARE:.0%} falls far away (beyond {FAR:.0%} of the "
+        f"longer side), and that is more than {GLOBAL_STRENGTH:g} times what the median one changes in all",
+        "ours: a site spread evenly over the picture has 60 % to 80 % of its influence there, one of a convolutional "
+        "decoder a few percent",
+    )

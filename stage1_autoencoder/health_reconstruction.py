@@ -1,0 +1,123 @@
+"""What encoding and decoding costs, and what drawing, lower precision and other sizes add: a section of the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .health import Figure, LatentData, Plot, Section, Verdict
+from .health_passes import LPIPS_MISSING, Coder, Lpips, Passes, factor_of, graded, mean_lpips, mean_psnr, subset
+
+IMAGES = 16
+"""Images measured."""
+SCALES = (Fraction(1, 2), Fraction(1), Fraction(3, 2))
+"""Sizes of the curve over resolutions, in units of the data's."""
+SAMPLING_NOTE, SAMPLING_FAULT = 1.0, 3.0
+PRECISION_NOTE, PRECISION_FAULT = 0.1, 1.0
+LARGER_NOTE, LARGER_FAULT = 0.0, 3.0
+
+
+def reconstruction(autoencoder: Coder, data: LatentData, *, batch_size: int, lpips: Lpips | None) -> Section:
+    """Return PSNR and LPIPS of the round trip: of the mode, of a draw, in bf16 (and on GPUs fp16), at other sizes.
+
+    All are against the images, in dB; gaps are how much lower the second figure is. ``bf16`` is autocast over encoder
+    and decoder. The curve is of the images resized by bicubic interpolation with antialiasing to 1/2, 1 and 3/2 of
+    their size, each against itself; a size that does not divide by the downsampling has none.
+    """
+    data, passes = subset(data, IMAGES), Passes(autoencoder, batch_size)
+    mode, drawn = passes.decode(data.mean), passes.decode(data.drawn)
+    figures: dict[str, Figure] = {"images": len(data.images)}
+    for name, images in {"": mode, "_sampled": drawn}.items():
+        figures[f"psnr{name}"] = mean_psnr(images, data.images)
+        figures[f"lpips{name}"] = mean_lpips(lpips, images, data.images, batch_size)
+    psnr, sampled = mean_psnr(mode, data.images), mean_psnr(drawn, data.images)
+    precisions = {"no": mean_psnr(_round_trip(passes, data.images), data.images)}
+    precisions["bf16"] = mean_psnr(_round_trip(replace(passes, precision="bf16"), data.images), data.images)
+    if passes.device.type == "cuda":
+        precisions["fp16"] = mean_psnr(_round_trip(replace(passes, precision="fp16"), data.images), data.images)
+    gaps = {name: precisions["no"] - value for name, value in precisions.items() if name != "no"}
+    curve = _curve(passes, data)
+    figures["sampling_gap"] = psnr - sampled
+    figures |= {f"psnr_{name}": precisions[name] for name in gaps} | {f"{name}_gap": gap for name, gap in gaps.items()}
+    figures |= {"scales": [float(scale) for scale in SCALES], "psnr_by_scale": curve}
+    verdicts = [
+        _sampling_verdict(psnr, sampled, data, "" if lpips else LPIPS_MISSING),
+        _precision_verdict(precisions, gaps),
+        _resolution_verdict(curve, data),
+    ]
+    return Section("reconstruction", figures, verdicts, _plots(curve, data))
+
+
+def _round_trip(passes: Passes, images: Tensor) -> Tensor:
+    return passes.decode(passes.encode(images))
+
+
+def _curve(passes: Passes, data: LatentData) -> list[float | None]:
+    """Return the PSNR at each of `SCALES`."""
+    factor, curve = factor_of(data), []
+    for scale in SCALES:
+        size = [side * scale for side in data.images.shape[-2:]]
+        if any(side % factor for side in size):
+            curve.append(None)
+            continue
+        images = data.images
+        if scale != 1:
+            shape = [int(side) for side in size]
+            images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(-1, 1)
+        curve.append(mean_psnr(_round_trip(passes, images), images))
+    return curve
+
+
+def _sampling_verdict(psnr: float, sampled: float, data: LatentData, remark: str) -> Verdict:
+    text = f"Decoding a draw from the posterior gives {sampled:.2f} dB and its mean {psnr:.2f} dB"
+    if data.std is None:
+        text = f"The encoder is deterministic: there is nothing to draw; PSNR is {psnr:.2f} dB"
+    return Verdict(
+        graded(psnr - sampled, SAMPLING_NOTE, SAMPLING_FAULT),
+        "sampling_gap",
+        f"{text} ({len(data.images)} images).{remark}",
+        f"note: a draw is more than {SAMPLING_NOTE:g} dB worse; fault: more than {SAMPLING_FAULT:g} dB",
+        "ours: at 3 dB the posterior's noise makes as much error as the autoencoder, and stage two learns the draws",
+    )
+
+
+def _precision_verdict(precisions: dict[str, float], gaps: dict[str, float]) -> Verdict:
+    measured = " and ".join(f"{precisions[name]:.2f} dB in {name}" for name in gaps)
+    return Verdict(
+        graded(max(gaps.values()), PRECISION_NOTE, PRECISION_FAULT),
+        "bf16_gap",
+        f"Encoding and decoding gives {precisions['no']:.2f} dB in float32, {measured}.",
+        f"note: more than {PRECISION_NOTE:g} dB worse in lower precision; fault: more than {PRECISION_FAULT:g} dB",
+        "ours: a tenth of a dB is below what papers report, a whole one is what they report as progress",
+    )
+
+
+def _resolution_verdict(curve: list[float | None], data: LatentData) -> Verdict:
+    height, width = data.images.shape[-2:]
+    parts = [
+        f"{int(width * scale)}x{int(height * scale)} {value:.2f} dB"
+        for scale, value in zip(SCALES, curve, strict=True)
+        if value is not None
+    ]
+    same, larger = curve[SCALES.index(Fraction(1))], curve[SCALES.index(Fraction(3, 2))]
+    gap = None if larger is None or same is None else same - larger
+    return Verdict(
+        graded(gap, LARGER_NOTE, LARGER_FAULT),
+        "resolution_gap",
+        f"PSNR by size of the same images: {', '.join(parts)}.",
+        f"note: the images enlarged by a half come out more than {LARGER_NOTE:g} dB worse; fault: more than "
+        f"{LARGER_FAULT:g} dB; smaller ones, which hold more detail per pixel, are shown and not judged",
+        "ours: enlarged images hold nothing new, so an autoencoder that is not tied to its size finds them easier",
+    )
+
+
+def _plots(curve: list[float | None], data: LatentData) -> list[Plot]:
+    known = [(float(scale * data.images.shape[-1]), value) for scale, value in zip(SCALES, curve, strict=True) if value]
+    if len(known) < 2:
+        return []
+    sizes, values = zip(*known, strict=True)
+    labels = ("width in pixels", "PSNR in dB")
+    return [Plot("Reconstruction by size", {"PSNR": list(values)}, x=list(sizes), labels=labels)]
