@@ -141,9 +141,8 @@ def _verdict(errors: dict[str, float], factor: int, count: int) -> Verdict:
     whole = {name: error for name, error in errors.items() if name in {f"shift_{s}" for s in _whole(factor)}}
     others = {name: error for name, error in errors.items() if not name.startswith("shift_")}
     level = graded(max(whole.values(), default=None), WHOLE_SHIFT_NOTE, WHOLE_SHIFT_FAULT)
-    worst = max(others, key=lambda name: others[name], default=None)
     if level == "ok":
-        level = graded(worst and others[worst], TRANSFORM_NOTE, float("inf"))
+        level = graded(max(others.values(), default=None), TRANSFORM_NOTE, float("inf"))
     parts = [f"{_words(name)} {error:.2f}" for name, error in {**others, **whole}.items()]
     text = (
         f"Relative error of the latents against the transformed ones ({count} images; 0 commutes, {UNRELATED:.2f} is "

@@ -57,7 +57,8 @@ def _round_trip(passes: Passes, images: Tensor) -> Tensor:
 
 def _curve(passes: Passes, data: LatentData) -> list[float | None]:
     """Return the PSNR at each of `SCALES`."""
-    factor, curve = factor_of(data), []
+    factor = factor_of(data)
+    curve: list[float | None] = []
     for scale in SCALES:
         size = [side * scale for side in data.images.shape[-2:]]
         if any(side % factor for side in size):
