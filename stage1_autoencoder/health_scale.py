@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -219,16 +221,17 @@ def posterior(data: LatentData) -> Section:
     if data.std is None:
         verdict = Verdict("ok", "deterministic", "The encoder is deterministic: there is no posterior", "none", "ours")
         return Section("posterior", {"images": len(data.mean), "deterministic": 1}, [verdict])
-    logvar = 2 * data.std.log()
+    std = data.std.clamp_min(math.exp(0.5 * LOGVAR_RANGE[0]))  # a zero counts as the clamp's, not as minus infinity
+    logvar = 2 * std.log()
     clamped = _clamped(logvar)
     variance = image_variance(data.mean)
-    noise = data.std.square().mean(dim=0, dtype=torch.float64)
+    noise = std.square().mean(dim=0, dtype=torch.float64)
     active = variance > ACTIVE_VARIANCE
     signal = variance.mean(dim=(1, 2)) / (variance + noise).mean(dim=(1, 2))
     kl = torch.stack(
         [
-            kl_to_standard_normal(Posterior(mean, std)).double().mean()
-            for mean, std in zip(data.mean.split(1, dim=1), data.std.split(1, dim=1), strict=True)
+            kl_to_standard_normal(Posterior(mean, deviation)).double().mean()
+            for mean, deviation in zip(data.mean.split(1, dim=1), std.split(1, dim=1), strict=True)
         ]
     )
     counts, edges = _histogram(logvar)

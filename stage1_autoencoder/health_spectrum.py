@@ -56,8 +56,8 @@ def spectrum(data: LatentData) -> Section:
     plot = Plot(
         "Power by spatial frequency, normalised",
         {
-            "latents": [float(p) for p in radial / radial.sum().clamp_min(1e-30)],
-            "images": [float(p) for p in radial_images / radial_images.sum().clamp_min(1e-30)],
+            "latents": [float(p) for p in _normalised(radial)],
+            "images": [float(p) for p in _normalised(radial_images)],
         },
         x=[float(f) for f in frequencies],
         labels=("cycles per site", "share of power"),
@@ -111,7 +111,7 @@ def radial_bins(height: int, width: int) -> tuple[Tensor, Tensor]:
 
 def radial_mean(values: Tensor, bins: Tensor, count: int) -> Tensor:
     """Return the mean of ``[height, width]`` in every one of ``count`` bins."""
-    return torch.stack([values[bins == index].mean() for index in range(count)])
+    return torch.tensor([float(values[bins == index].mean()) for index in range(count)], dtype=torch.float64)
 
 
 def spectral_slope(frequencies: Tensor, power: Tensor) -> Tensor:
@@ -126,10 +126,14 @@ def spectral_slope(frequencies: Tensor, power: Tensor) -> Tensor:
 
 
 def high_frequency_share(power: Tensor) -> float:
-    """Return the share of the power ``[height, width]`` from 0.25 cycles per site on, the constant left out."""
+    """Return the share of the power ``[height, width]`` from 0.25 cycles per site on, of all but the constant's."""
     radius = _radius(*power.shape)
     total = power[radius > 0].sum()
-    return float(power[radius >= HIGH].sum() / total)
+    return float(power[radius >= HIGH].sum() / total) if total > 0 else math.nan
+
+
+def _normalised(power: Tensor) -> Tensor:
+    return power / power.sum().clamp_min(1e-30)
 
 
 def _or_none(value: float) -> float | None:
@@ -138,11 +142,14 @@ def _or_none(value: float) -> float | None:
 
 def _white_verdict(slope: float, image_slope: float, slopes: Tensor, share: float) -> Verdict:
     white = positions(slopes > WHITE_SLOPE)
+    of_images = f" (the images': {image_slope:.2f})" if math.isfinite(image_slope) else ""
     measured = (
-        f"power goes as frequency^{slope:.2f} (of the images: ^{image_slope:.2f}), and {100 * share:.3g} % of it is "
+        f"the slope of log power over log frequency is {slope:.2f}{of_images}, and {100 * share:.3g} % of the power is "
         "in the upper half of the band"
     )
-    if slope > WHITE_SLOPE:
+    if not math.isfinite(slope):
+        text = "Some frequencies have no power at all: there is no slope"
+    elif slope > WHITE_SLOPE:
         text = f"The latents are nearly white noise in space: {measured}"
     elif white:
         text = f"Nearly white: {in_words(white)}; over all channels {measured}"

@@ -30,6 +30,7 @@ MAX_FIELDS = 1000  # images for the autocorrelation
 
 MAX_POINTS = 2000  # images for the intrinsic dimension, whose distance matrix grows with the square
 MIN_POINTS, FEW_POINTS = 20, 500
+RATIOS_PLOTTED = 200
 DISCARDED = 0.1  # Facco et al.'s share of the largest ratios, which the fit leaves out
 
 
@@ -54,7 +55,7 @@ def correlation(data: LatentData) -> Section:
         "covariance_eigenvalues": plain(eigenvalues),
         "effective_rank": rank,
         "effective_rank_standardised": standard_rank,
-        "variance_share": plain(variance / variance.sum()),
+        "variance_share": plain(variance / variance.sum().clamp_min(1e-300)),
         "dead_channels": dead,
         "duplicate_pairs": "; ".join(f"{a},{b}" for a, b in pairs),
         "largest_correlation": plain((matrix - torch.eye(len(matrix))).abs().amax(dim=1)),
@@ -88,8 +89,14 @@ def correlation(data: LatentData) -> Section:
 
 
 def effective_rank(eigenvalues: Tensor) -> float:
-    """Return the exponential of the entropy of the normalised eigenvalues ``[n]`` (Roy and Vetterli 2007)."""
-    shares = eigenvalues / eigenvalues.sum()
+    """Return the exponential of the entropy of the normalised eigenvalues ``[n]`` (Roy and Vetterli 2007).
+
+    0 where all are zero.
+    """
+    total = eigenvalues.sum()
+    if total <= 0:
+        return 0.0
+    shares = eigenvalues / total
     return float(torch.exp(torch.special.entr(shares).sum()))
 
 
@@ -203,7 +210,15 @@ def geometry(data: LatentData) -> Section:
         "intrinsic_dimension_of_quarter": dimensions.get(4),
         "images_with_equal_latents": same,
     }
-    return Section("geometry", figures, [_dimension_verdict(dimension, len(latents), values)])
+    verdict = _dimension_verdict(dimension, len(latents), values)
+    return Section("geometry", figures, [verdict], [] if dimension is None else [_ratio_plot(nearest[1], dimension)])
+
+
+def _ratio_plot(nearest: Tensor, dimension: float) -> Plot:
+    ratios, level = (every_nth(values, RATIOS_PLOTTED) for values in _ratios(nearest))
+    series = {"measured": [float(y) for y in level], "fit": [float(dimension * x) for x in ratios]}
+    labels = ("log of the ratio of the second to the first distance", "-log(1 - F)")
+    return Plot("TwoNN: the slope is the dimension", series, x=[float(x) for x in ratios], labels=labels)
 
 
 def nearest_two(points: Tensor) -> Tensor:
@@ -234,15 +249,19 @@ def twonn_dimension(nearest: Tensor) -> float | None:
     slope of ``-log(1 - F(mu))`` over ``log(mu)`` through the origin, the largest tenth of the ratios left out. Points
     with an equal are left out first. None where that leaves too few, or all points are equally far from each other.
     """
+    ratios, level = _ratios(nearest)
+    total = float(ratios.square().sum())
+    enough = len(ratios) >= MIN_POINTS * (1 - DISCARDED)
+    return float((ratios * level).sum()) / total if enough and total > 0 else None
+
+
+def _ratios(nearest: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``log(mu)`` in ascending order and ``-log(1 - F(mu))``, of the ratios that the fit keeps."""
     distinct = nearest[nearest[:, 0] > 0]
-    if len(distinct) < MIN_POINTS:
-        return None
     ratios = (distinct[:, 1] / distinct[:, 0]).log().sort().values
     kept = int(len(ratios) * (1 - DISCARDED))
-    level = -torch.log1p(-torch.arange(1, kept + 1, dtype=torch.float64) / len(ratios))
-    x = ratios[:kept]
-    total = float((x * x).sum())
-    return float((x * level).sum()) / total if total > 0 else None
+    level = -torch.log1p(-torch.arange(1, kept + 1, dtype=torch.float64) / max(len(ratios), 1))
+    return ratios[:kept], level
 
 
 def _dimension_verdict(dimension: float | None, images: int, values: int) -> Verdict:
