@@ -1,4 +1,4 @@
-"""Features of many images, extracted by all processes in equal shares and known to every one of them afterwards.
+"""What many images give (features, figures), made by all processes in equal shares and known to all of them afterwards.
 
 No process waits at a collective while another works for long, and none waits there for one that has failed: before
 every collective the processes agree that all of them have come so far.
@@ -7,9 +7,11 @@ every collective the processes agree that all of them have come so far.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache as cache_calls
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -17,16 +19,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import WavelatentError
-from .feature_distances import FeatureStatistics
+from .feature_store import FeatureStore
 from .images import ImageData, read_batch, to_uint8
-from .inception import InceptionFeatures
-from .reference_cache import PART, ReferenceCache
-from .reference_features import Reference, choose_images
+from .reference_cache import PART, FeatureNetwork, ReferenceCache
+from .reference_features import Reference, choose_images, stoppable
+from .runtime import StopRequest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+
+LOOK_IN_SECONDS = 5.0
+"""How long processes wait at a time for one that works alone: a backend's patience is counted in minutes."""
 
 
 def in_agreement(accelerator: Accelerator, work: Callable[[], T]) -> T:
@@ -35,7 +40,8 @@ def in_agreement(accelerator: Accelerator, work: Callable[[], T]) -> T:
     Every process must come here; ``work`` itself must not communicate.
 
     Raises:
-        WavelatentError: in every process the same, one line: the failure of the first process that has one.
+        WavelatentError: in every process the same, one line: the failure of the first process that has one, of its
+            kind where that is a :class:`WavelatentError`.
     """
     from accelerate.utils import gather_object
 
@@ -45,12 +51,38 @@ def in_agreement(accelerator: Accelerator, work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:  # of any kind: whoever raises it alone leaves the others waiting
         cause = error
-    failures = gather_object([None if cause is None else _one_line(cause)])
+    failures = gather_object([None if cause is None else (_kind(cause), _one_line(cause))])
     for process, failure in enumerate(failures):
         if failure is not None:
+            kind, line = failure
             where = f" (process {process} of {len(failures)})" if len(failures) > 1 else ""
-            raise WavelatentError(f"{failure}{where}") from cause
+            raise kind(f"{line}{where}") from cause
     return cast(T, result)
+
+
+def _kind(error: Exception) -> type[WavelatentError]:
+    return type(error) if isinstance(error, WavelatentError) else WavelatentError
+
+
+def by_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Return in every process what ``work`` returns in the main one, which alone does it, however long it takes.
+
+    The others look in every few seconds, since a backend gives up on a collective that lasts for minutes. What it
+    returns is pickled.
+
+    Raises:
+        WavelatentError: as :func:`in_agreement`.
+    """
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    if accelerator.num_processes == 1:
+        return in_agreement(accelerator, work)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work) if accelerator.is_main_process else None
+        while not any(gather_object([future is not None and bool(wait([future], LOOK_IN_SECONDS).done)])):
+            pass
+        result = in_agreement(accelerator, lambda: None if future is None else future.result())
+    return cast(T, broadcast_object_list([result])[0])
 
 
 def _one_line(error: Exception) -> str:
@@ -99,11 +131,12 @@ class Shares:
 
 def shared_features(
     accelerator: Accelerator,
-    extractor: InceptionFeatures,
+    extractor: FeatureNetwork,
     images: Callable[[range], Tensor],
     count: int,
     batch_size: int,
     label: str,
+    stop: StopRequest | None = None,
 ) -> Tensor:
     """Return the features ``[count, dim]`` float32 of images 0 to ``count - 1``, the same in every process.
 
@@ -111,25 +144,79 @@ def shared_features(
     process shows its progress as ``label`` on stderr.
 
     Raises:
+        Stopped: in every process, where ``stop`` asks one of them for it.
         WavelatentError: in every process, where one of them failed.
     """
-    shares = Shares.equal(count, batch_size, accelerator.num_processes)
+    nothing = torch.empty(0, extractor.dim)
+    with _progress(accelerator, count, label) as bar:
+        work = _Work(lambda numbers: extractor(images(numbers)), nothing, batch_size, bar, stop)
+        return work.shared(accelerator, range(count))
 
-    def extract() -> Tensor:
-        batches = shares.of(accelerator.process_index)
-        with tqdm(batches, label, unit="batch", leave=False, disable=not accelerator.is_main_process) as bar:
-            return torch.cat([torch.empty(0, extractor.dim), *(extractor(images(numbers)) for numbers in bar)])
 
-    return shares.gather(accelerator, in_agreement(accelerator, extract))
+def shared_rows(
+    accelerator: Accelerator,
+    make: Callable[[range], Tensor],
+    count: int,
+    width: int,
+    batch_size: int,
+    label: str,
+    stop: StopRequest | None = None,
+) -> Iterator[tuple[range, Tensor]]:
+    """Yield the rows ``[n, width]`` float64 that ``make`` gives for the numbers 0 to ``count - 1``, with their numbers.
+
+    They come in order, about :data:`PART` at a time, each once and the same in every process. ``make`` takes a range of
+    numbers, in whichever process they fall to; ``batch_size`` of them, or fewer at the end.
+
+    Raises:
+        Stopped: in every process, where ``stop`` asks one of them for it.
+        WavelatentError: in every process, where one of them failed.
+    """
+    together = batch_size * accelerator.num_processes
+    size = math.ceil(PART / together) * together  # no batch is cut, and no process left without one, before the end
+    with _progress(accelerator, count, label) as bar:
+        work = _Work(make, torch.empty(0, width, dtype=torch.float64), batch_size, bar, stop)
+        for start in range(0, count, size):
+            numbers = range(start, min(start + size, count))
+            yield numbers, work.shared(accelerator, numbers)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every process does with its share of the numbers; ``nothing`` is the rows of no number."""
+
+    make: Callable[[range], Tensor]
+    nothing: Tensor
+    batch_size: int
+    bar: tqdm
+    stop: StopRequest | None
+
+    def shared(self, accelerator: Accelerator, numbers: range) -> Tensor:
+        """Return the rows of ``numbers``, the same in every process."""
+        shares = Shares.equal(len(numbers), self.batch_size, accelerator.num_processes)
+        mine = [numbers[part.start : part.stop] for part in shares.of(accelerator.process_index)]
+        rows = in_agreement(accelerator, lambda: self._own(mine, accelerator.num_processes))
+        return shares.gather(accelerator, rows)
+
+    def _own(self, batches: list[range], processes: int) -> Tensor:
+        rows = [self.nothing]
+        for batch in stoppable(batches, self.stop):
+            rows.append(self.make(batch))
+            self.bar.update(min(len(batch) * processes, self.bar.total - self.bar.n))
+        return torch.cat(rows)
+
+
+def _progress(accelerator: Accelerator, count: int, label: str) -> tqdm:
+    return tqdm(total=count, desc=label, unit="img", leave=False, disable=not accelerator.is_main_process)
 
 
 def shared_reference(
     accelerator: Accelerator,
-    extractor: InceptionFeatures,
+    extractor: FeatureNetwork,
     cache: ReferenceCache,
     open_images: Callable[[], ImageData],
     count: int,
     batch_size: int,
+    stop: StopRequest | None = None,
 ) -> Reference:
     """Return the features of the first ``count`` images in the order of ``cache``, the same in every process.
 
@@ -145,27 +232,30 @@ def shared_reference(
         data = in_agreement(accelerator, open_images)
         return data, in_agreement(accelerator, lambda: choose_images(len(data), count, cache.seed))
 
-    def extract(first: int, stop: int) -> Tensor:
+    def extract(first: int, last: int) -> Tensor:
         data, order = opened()
-        chosen = order[first:stop]
+        chosen = order[first:last]
 
         def pixels(numbers: range) -> Tensor:
             return to_uint8(read_batch(data, chosen[numbers.start : numbers.stop]).images)
 
-        return shared_features(accelerator, extractor, pixels, len(chosen), batch_size, "Inception, reference")
+        label = f"{extractor.name}, reference"
+        return shared_features(accelerator, extractor, pixels, len(chosen), batch_size, label, stop)
 
     def rows(part: int) -> Tensor:
-        first, stop = part * PART, min((part + 1) * PART, count)
-        known = _known_to_main(accelerator, cache, part)[: stop - first]
-        if len(known) == stop - first:
+        first, last = part * PART, min((part + 1) * PART, count)
+        known = _known_to_main(accelerator, cache, part)[: last - first]
+        if len(known) == last - first:
             return known
-        whole = torch.cat([known, extract(first + len(known), stop)])
+        whole = torch.cat([known, extract(first + len(known), last)])
         in_agreement(accelerator, lambda: cache.store(part, whole) if accelerator.is_main_process else None)
         return whole
 
-    features = torch.cat([rows(part) for part in range(math.ceil(count / PART))])
-    statistics = in_agreement(accelerator, lambda: FeatureStatistics.of(features))
-    return Reference(features, statistics, cache.identity["data"])
+    with FeatureStore(extractor.dim) as store:
+        for part in range(math.ceil(count / PART)):
+            found = rows(part)
+            in_agreement(accelerator, partial(store.append, found, range(len(store), len(store) + len(found))))
+        return in_agreement(accelerator, lambda: Reference.of(store, cache.identity["data"]))
 
 
 def _known_to_main(accelerator: Accelerator, cache: ReferenceCache, part: int) -> Tensor:

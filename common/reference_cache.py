@@ -22,11 +22,14 @@ PART = 1000
 
 
 class FeatureNetwork(Protocol):
-    """What makes two networks' features the same."""
+    """What extracts features, and what makes two networks' features the same."""
 
     name: str
     dim: int
     weights_sha256: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the features ``[B, dim]`` float32 on the CPU of uint8 images ``[B,3,H,W]``."""
 
 
 class ReferenceCache:

@@ -2,27 +2,26 @@
 
 An entry belongs to exact content: the data's fingerprint (which includes crop and resize), the network's weights and
 the seed that orders the images. Images are taken in that order, in parts, so that a stopped extraction goes on where
-it was and a larger reference starts from a smaller one.
+it was and a larger reference starts from a smaller one. What is used is mapped from a file: memory does not grow with
+the number of images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import Stopped, UsageError, WavelatentError
+from .errors import Stopped, UsageError
 from .feature_distances import FeatureStatistics
+from .feature_store import FeatureStore
 from .images import ImageData, iterate_batches, to_uint8
-from .inception import InceptionFeatures
 from .randomness import generator
-from .reference_cache import PART, ReferenceCache
+from .reference_cache import PART, FeatureNetwork, ReferenceCache
 from .runtime import StopRequest
 
 T = TypeVar("T")
@@ -30,11 +29,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference's features ``[N, dim]``, their statistics, and the fingerprint of what they were taken from."""
+    """A reference's features ``[N, dim]``, their statistics, and the fingerprint of what they were taken from.
+
+    Statistics that somebody else computed come without features: N is 0 then.
+    """
 
     features: Tensor
     statistics: FeatureStatistics
     fingerprint: str
+
+    @classmethod
+    def of(cls, store: FeatureStore, fingerprint: str) -> Reference:
+        """Return the reference that ``store`` holds."""
+        return cls(store.features, store.statistics, fingerprint)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -70,7 +77,7 @@ def stoppable(batches: Iterable[T], stop: StopRequest | None) -> Iterator[T]:
 
 def reference_features(
     data: ImageData,
-    extractor: InceptionFeatures,
+    extractor: FeatureNetwork,
     *,
     num: int | None = None,
     seed: int = 0,
@@ -85,21 +92,22 @@ def reference_features(
     """
     cache = ReferenceCache(data.fingerprint(), extractor, seed)
     indices = choose_images(len(data), num, seed)
-    parts = []
-    with tqdm(total=len(indices), desc="Inception, reference", unit="img", leave=False) as progress:
+    with (
+        FeatureStore(extractor.dim) as store,
+        tqdm(total=len(indices), desc=f"{extractor.name}, reference", unit="img", leave=False) as progress,
+    ):
         for number, start in enumerate(range(0, len(indices), PART)):
             wanted = indices[start : start + PART]
-            parts.append(_part(cache, number, data, extractor, wanted, batch_size, progress, stop))
-    features = torch.cat(parts)
-    statistics = _statistics(cache.folder / f"statistics-{len(features)}.safetensors", features, cache.identity)
-    return Reference(features, statistics, data.fingerprint())
+            features = _part(cache, number, data, extractor, wanted, batch_size, progress, stop)
+            store.append(features, range(start, start + len(features)))
+        return Reference.of(store, data.fingerprint())
 
 
 def _part(
     cache: ReferenceCache,
     number: int,
     data: ImageData,
-    extractor: InceptionFeatures,
+    extractor: FeatureNetwork,
     indices: list[int],
     batch_size: int,
     progress: tqdm,
@@ -118,13 +126,3 @@ def _part(
         features = torch.cat(rows)
         cache.store(number, features)
     return features
-
-
-def _statistics(path: Path, features: Tensor, identity: dict[str, str]) -> FeatureStatistics:
-    if path.is_file():
-        with suppress(WavelatentError):
-            return FeatureStatistics.load(path, identity)
-    statistics = FeatureStatistics.of(features)
-    with suppress(OSError):
-        statistics.save(path, identity)
-    return statistics

@@ -1,40 +1,76 @@
-"""Where the samples of an evaluation come from: a folder of images, or a run that draws them in memory."""
+"""Where the samples of an evaluation come from: a folder of images, an ``.npz``, or a run that draws them in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..common.adm_npz import NpzFile, is_npz
 from ..common.errors import UsageError, WavelatentError
 from ..common.files import sha256_file
 from ..common.image_folders import IMAGE_EXTENSIONS
 from .sample_folder import MANIFEST, is_sample
-from .sample_images import DEFAULT_OPTIONS, ImageSampler, SampleOptions, batches
+from .sample_images import DEFAULT_OPTIONS, ImageSampler, SampleOptions, whole_passes
 
 LOSSLESS = frozenset({".bmp", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff"})
 
 
-class SampleSource(Protocol):
-    """A known number of samples, what they are, and the samples themselves."""
+_MODES = {"P": " (a palette)", "PA": " (a palette)", "RGBA": " (alpha)", "LA": " (alpha)", "1": " (black and white)"}
+UNKNOWN_SAMPLING = {"sampler": None, "steps": None, "ema": None}
+_LOSSY = frozenset({"JPEG", "MPO", "WEBP", "JPEG2000", "GIF", "AVIF"})
+"""Formats that Pillow may find in a file whatever its ending says; a GIF's palette loses colours."""
 
+
+class SampleSource(ABC):
+    """A known number of samples of one size, what they are, and the samples themselves, by number.
+
+    Attributes:
+        size: width and height in pixels.
+    """
+
+    size: tuple[int, int]
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def protocol(self) -> dict[str, Any]:
         """Return what identifies the samples."""
 
+    @abstractmethod
+    def images(self, numbers: range) -> Tensor:
+        """Return the samples of these numbers as uint8 ``[B,3,H,W]``, the same whatever else is asked for."""
+
+    def whole_batch(self, batch_size: int) -> int:
+        """Return how many images at a time are best asked for: no fewer than ``batch_size``."""
+        return batch_size
+
+    def notes(self) -> list[str]:
+        """Return what a reader of the figures must know of the samples."""
+        return []
+
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield them as uint8 ``[B,3,H,W]``."""
+        """Yield all of them in order."""
+        size = self.whole_batch(batch_size)
+        for start in range(0, len(self), size):
+            yield self.images(range(start, min(start + size, len(self))))
 
 
-class SampleFolder:
+def open_samples(samples: Path, num: int | None) -> SampleSource:
+    """Return the first ``num`` (None: all) samples of a folder or an ``.npz``, with the errors of their classes."""
+    return SampleArray(samples, num) if is_npz(samples) else SampleFolder(samples, num)
+
+
+class SampleFolder(SampleSource):
     """The images directly in a folder, by name; the first ``num`` of them, or all.
 
     In a folder that ``sample`` wrote they are the images of seeds, by seed, and nothing else that it made there.
@@ -76,11 +112,15 @@ class SampleFolder:
             "samples": {"path": str(self.root), "fingerprint": digest.hexdigest()},
         }
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield them as uint8 ``[B,3,H,W]``."""
-        for start in range(0, len(self.paths), batch_size):
-            pixels = [self._read(path) for path in self.paths[start : start + batch_size]]
-            yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    def images(self, numbers: range) -> Tensor:
+        """Return the samples of these numbers as uint8 ``[B,3,H,W]``. Raises :class:`WavelatentError`."""
+        pixels = [self._read(path) for path in self.paths[numbers.start : numbers.stop]]
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+
+    def notes(self) -> list[str]:
+        """Flag grey images, of which the first is named."""
+        grey = [path.name for path in self.paths if _mode(path) == "L"]
+        return [f"grey-samples: {len(grey)} of the samples are grey ({grey[0]} is the first)"] if grey else []
 
     def _read(self, path: Path) -> np.ndarray:
         try:
@@ -90,14 +130,51 @@ class SampleFolder:
                         f"{path} is {image.width}x{image.height}, {self.paths[0].name} {self.size[0]}x{self.size[1]}: "
                         "samples must be of one size"
                     )
+                if image.format in _LOSSY or image.info.get("compression") == "jpeg":
+                    raise WavelatentError(
+                        f"{path} holds {image.format} data: its artefacts would change FID; draw the samples as PNG"
+                    )
                 if image.mode not in {"RGB", "L"}:
-                    raise WavelatentError(f"{path} has mode {image.mode}: save the samples as 8-bit RGB")
+                    raise WavelatentError(
+                        f"{path} has mode {image.mode}{_MODES.get(image.mode, '')}: save the samples as 8-bit RGB"
+                    )
                 return np.asarray(image.convert("RGB"))
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
             raise WavelatentError(f"{path} cannot be read ({error}): draw it again") from error
 
 
-class RunSamples:
+class SampleArray(SampleSource):
+    """The images of an ``.npz`` as ADM's evaluation reads it (``arr_0``); the first ``num`` of them, or all.
+
+    Raises:
+        UsageError: there is no such file.
+        WavelatentError: it holds no images, or fewer than ``num``.
+    """
+
+    def __init__(self, path: Path, num: int | None) -> None:
+        self._file = NpzFile(path)
+        if self._file.images is None:
+            raise WavelatentError(f"{path} holds statistics and no images (arr_0): give it as --data, not as --samples")
+        if num is not None and len(self._file.images) < num:
+            raise WavelatentError(f"{path} holds {len(self._file.images)} images, {num} asked for: draw more samples")
+        self._images = self._file.images[:num]
+        height, width = self._images.shape[1:3]
+        self.size = (width, height)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def protocol(self) -> dict[str, Any]:
+        """Return the file and its fingerprint; it does not say how it was drawn."""
+        samples = {"path": str(self._file.path), "fingerprint": self._file.fingerprint}
+        return {**UNKNOWN_SAMPLING, "seeds": None, "samples": samples}
+
+    def images(self, numbers: range) -> Tensor:
+        """Return the samples of these numbers as uint8 ``[B,3,H,W]``."""
+        return torch.from_numpy(np.array(self._images[numbers.start : numbers.stop])).permute(0, 3, 1, 2)
+
+
+class RunSamples(SampleSource):
     """Samples drawn from a stage-two run, one per seed, by the very function that ``sample`` writes its images with."""
 
     def __init__(
@@ -118,19 +195,28 @@ class RunSamples:
         """Return what decides the images: the run's weights, the sampler and the seeds."""
         return {**self._sampler.protocol(), "seeds": describe_seeds(self.seeds)}
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield them as uint8 ``[B,3,H,W]``."""
-        for _, images in batches(self._sampler, self.seeds, batch_size):
-            yield images
+    @property
+    def size(self) -> tuple[int, int]:  # type: ignore[override]
+        """Width and height in pixels, as they follow from the latents' and the autoencoder."""
+        sampler = self._sampler
+        height, width = (side * sampler.decoder.downsampling for side in sampler.model.latent_shape[1:])
+        return width, height
+
+    def whole_batch(self, batch_size: int) -> int:
+        """Return a batch of whole passes: a part of one costs as much."""
+        return whole_passes(batch_size, self._sampler.options.pass_rows)
+
+    def images(self, numbers: range) -> Tensor:
+        """Return the samples of these numbers as uint8 ``[B,3,H,W]``."""
+        return self._sampler.draw(self.seeds[numbers.start : numbers.stop])
 
 
 def _sampling_record(folder: Path) -> dict[str, Any]:
     """Return what ``sample`` wrote beside its images; nothing for images that came from elsewhere."""
-    unknown = {"sampler": None, "steps": None, "ema": None}
     try:
-        return {**unknown, **json.loads((folder / MANIFEST).read_text(encoding="utf-8"))}
+        return {**UNKNOWN_SAMPLING, **json.loads((folder / MANIFEST).read_text(encoding="utf-8"))}
     except FileNotFoundError:
-        return unknown
+        return dict(UNKNOWN_SAMPLING)
     except ValueError as error:
         raise WavelatentError(f"{folder / MANIFEST} is damaged: draw the samples again") from error
 
@@ -140,6 +226,11 @@ def describe_seeds(seeds: Sequence[int]) -> str:
     if list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
         return f"{seeds[0]}-{seeds[-1]}"
     return ",".join(map(str, seeds))
+
+
+def _mode(path: Path) -> str:
+    with Image.open(path) as image:
+        return image.mode
 
 
 def _images(root: Path) -> list[Path]:
