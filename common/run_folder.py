@@ -8,9 +8,8 @@ folder of the best measurement so far) and ``ema/`` (snapshots of the averaged w
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +125,8 @@ class RunFolder:
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         for log in ("metrics.jsonl", "events.jsonl"):
             self._cut_log(self.path / log, step)
+        if self._best().get("step", 0) > step:  # it will be measured, and kept, again
+            shutil.rmtree(self.path / "best")
 
     def __enter__(self) -> RunFolder:
         return self
@@ -237,13 +238,32 @@ class RunFolder:
         if self.is_main:
             save_model_folder(model, self.path / "model")
 
-    def save_best(self, model: PyTorchModelHubMixin, step: int, name: str, value: float) -> None:
-        """Replace ``best/`` by ``model`` where figure ``name`` is lower than its own, or is another figure."""
-        folder = self.path / "best"
-        file = folder / "best.json"
-        old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if self.is_main and value < old.get(name, math.inf):
-            save_model_folder(model, folder, {"best.json": {"step": step, name: value}})
+    def save_best(
+        self, model: PyTorchModelHubMixin, step: int, figures: Mapping[str, float], by: Sequence[str]
+    ) -> None:
+        """Replace ``best/`` by ``model`` where its ``figures`` are better than those that ``best/`` was kept for.
+
+        ``by`` names what decides, the most telling first; lower is better. A figure is compared with itself only, and
+        takes the place of any less telling one.
+        """
+        ranks = [rank for rank, name in enumerate(by) if name in figures]
+        if not self.is_main or not ranks:
+            return
+        rank, name = ranks[0], by[ranks[0]]
+        old = self._best()
+        old_rank = next((i for i, known in enumerate(by) if known in old), len(by))
+        if rank < old_rank or (rank == old_rank and figures[name] < old[name]):
+            save_model_folder(model, self.path / "best", {"best.json": {"step": step, name: figures[name]}})
+
+    def _best(self) -> dict[str, Any]:
+        file = self.path / "best" / "best.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def logged(self, step: int) -> bool:
+        """Return whether ``metrics.jsonl`` ends with ``step``."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        return bool(lines) and json.loads(lines[-1])["step"] == step
 
 
 def save_model_folder(model: PyTorchModelHubMixin, folder: Path, records: Mapping[str, Any] | None = None) -> None:

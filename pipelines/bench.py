@@ -131,9 +131,8 @@ def time_passes(
     """Return the seconds per pass of every function in every round; ``what`` says in the log what is timed."""
     counts = {}
     for name, compute in passes.items():
-        first = _time(compute, device, 1)
-        once = first if first > 2 * SAMPLE_SECONDS else _time(compute, device, 1)
-        counts[name] = max(1, round(SAMPLE_SECONDS / once))
+        _time(compute, device, 1)  # the first pass chooses kernels, or compiles
+        counts[name] = max(1, round(SAMPLE_SECONDS / _time(compute, device, 1)))
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for number in range(rounds):
         print(f"bench: round {number + 1} of {rounds} ({what}, {len(passes)} models)", file=sys.stderr, flush=True)

@@ -52,8 +52,8 @@ def load_best(run: Path) -> LatentDiffusion:
 
 def _load(run: Path, name: str) -> LatentDiffusion:
     if not (run / name / "model.safetensors").is_file():
-        what = "model" if name == "model" else f"{name} model"
-        raise WavelatentError(f"{run} has no {what} yet: run its train-diffusion command until it has saved one")
+        what, when = ("model", "saved one") if name == "model" else ("best model", "measured one (train.validation)")
+        raise WavelatentError(f"{run} has no {what} yet: run its train-diffusion command until it has {when}")
     return load_model_folder(LatentDiffusion, run / name)
 
 

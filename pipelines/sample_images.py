@@ -97,7 +97,7 @@ def take_options(arguments: dict[str, Any]) -> SampleOptions:
         return {name: value for name, value in values.items() if value is not None}
 
     sampling, options = Sampling(**given(Sampling)), given(SampleOptions)
-    chosen = {name: ema_choice(options[name]) for name in ("ema", "guide_ema") if name in options}
+    chosen = {name: ema_choice(options[name], name) for name in ("ema", "guide_ema") if name in options}
     return SampleOptions(sampling, **{**options, **chosen})
 
 
@@ -273,14 +273,14 @@ def weights_sha256(model: LatentDiffusion) -> str:
     return digest.hexdigest()
 
 
-def ema_choice(text: str) -> EMAChoice:
-    """Parse a width or ``best``. Raises :class:`UsageError`."""
+def ema_choice(text: str, option: str = "ema") -> EMAChoice:
+    """Parse a width or ``best``. Raises :class:`UsageError` naming the option."""
     if text == "best":
         return "best"
     try:
         return float(text)
     except ValueError as error:
-        raise UsageError(f"--ema {text}: give a width, such as 0.05, or best") from error
+        raise UsageError(f"--{option.replace('_', '-')} {text}: give a width, such as 0.05, or best") from error
 
 
 def _load(run: Path, ema: EMAChoice | None) -> LatentDiffusion:
@@ -291,6 +291,8 @@ def _load(run: Path, ema: EMAChoice | None) -> LatentDiffusion:
 
 def _train_config(run: Path) -> dict[str, Any]:
     config = parse_yaml((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
+    if "widths" not in config["train"]["ema"]:
+        raise WavelatentError(f"{run} was trained by an older version, whose averages were others: train it again")
     return config["train"]
 
 

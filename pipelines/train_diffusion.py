@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..common.distributed_features import in_agreement
 from ..common.errors import UsageError, WavelatentError
 from ..common.latent_cache import LatentCache
 from ..common.run_folder import RunFolder
@@ -38,7 +39,7 @@ def train_diffusion(config: DiffusionRunConfig, *, latents: Path, out: Path, opt
         StopRequest(options.max_minutes) as stop,
         accelerated(options, config.train.gradient_accumulation) as accelerator,
     ):
-        cache = LatentCache.open(latents)
+        cache = _open(latents, accelerator)
         config = resolved(config, cache)
         model = build_model(config, cache)
         main = accelerator.is_main_process
@@ -59,6 +60,13 @@ def train_diffusion(config: DiffusionRunConfig, *, latents: Path, out: Path, opt
             )
             trainer.train(stop)
     return True
+
+
+def _open(latents: Path, accelerator: Accelerator) -> LatentCache:
+    """Open the cache in every process; the main one checks its files for all."""
+    if accelerator.num_processes == 1:
+        return LatentCache.open(latents)
+    return in_agreement(accelerator, lambda: LatentCache.open(latents, verify=accelerator.is_main_process))
 
 
 def resolved(config: DiffusionRunConfig, cache: LatentCache) -> DiffusionRunConfig:

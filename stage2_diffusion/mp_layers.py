@@ -97,6 +97,7 @@ class MPConv(MPLayer):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
         super().__init__(out_channels, in_channels, kernel, kernel)
+        self.weight = nn.Parameter(self.weight.detach().contiguous(memory_format=torch.channels_last))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of ``x``."""

@@ -95,7 +95,6 @@ class MPUNet(nn.Module):
         assert not skips, "every skip is used once"
         self.out = MPConv(width, in_channels, 3)
         self.out_gain = nn.Parameter(torch.zeros(()))
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ``ValueError``, with the fix, where feature maps of this size cannot be halved often enough."""

@@ -26,7 +26,7 @@ Schedule = Literal["ldm_linear", "linear", "cosine"]
 def ldm_linear_betas() -> Tensor:
     """Return LDM's betas ``[1000]``, linear in their square root (Rombach et al. 2022, arXiv 2112.10752).
 
-    0.0015 to 0.0195 are those of its face and church models; the noise levels are 0.039 to 84.
+    0.0015 to 0.0195 are those of its face models; the noise levels are 0.039 to 84.
     """
     return torch.linspace(math.sqrt(0.0015), math.sqrt(0.0195), STEPS, dtype=torch.float64) ** 2
 

@@ -232,12 +232,15 @@ class _Discrete:
         self.noise_shift = config.shift_for(latent_size)
         self.preconditioning = weighted(own(label_origin=self.noise_shift), config.weighting)
         self.sigmas = self.noise_shift * table_sigmas(config.schedule, config.sigma_limit)
+        self._table = self.sigmas.float()
         self.sigma_min, self.sigma_max = self.sigmas[0].item(), self.sigmas[-1].item()
 
     def draw_sigma(self, count: int, generator: torch.Generator) -> Tensor:
         """Return ``count`` of the schedule's levels, each as likely as any other, ``[count]``."""
         index = torch.randint(len(self.sigmas), (count,), generator=generator, device=generator.device)
-        return self.sigmas.float().to(index.device)[index]
+        if self._table.device != index.device:
+            self._table = self.sigmas.float().to(index.device)  # once: a copy makes a GPU's queue wait
+        return self._table[index]
 
     def sigma_at(self, time: Tensor) -> Tensor:
         """Return the level at ``time`` in [0, 1], the index over the last index, interpolated in ln(sigma)."""

@@ -58,9 +58,11 @@ class DiffusionTrainConfig(Config):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
     compile: bool = False
-    """Compile the network with ``torch.compile``: for GPUs; on a CPU it costs a minute and gains nothing."""
+    """Compile the network with ``torch.compile``: for GPUs; on a CPU it costs minutes and gains nothing."""
     channels_last: bool = True
     """Keep the network's feature maps channels last: faster on a CPU, and on GPUs with bf16 or fp16."""
+    num_workers: int = Field(2, ge=1)
+    """Threads of each process that draw latents ahead; more for large latents, see :mod:`..common.latent_loader`."""
     log_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(1_000, ge=1)
     keep: int = Field(2, ge=1)

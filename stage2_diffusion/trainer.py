@@ -37,6 +37,7 @@ from ..common.training import (
 from ..common.training_state import TrainingState
 from .generation import draw_labels, generate_latents
 from .model import LatentDiffusion, Losses
+from .networks import DenoiserNetwork
 from .sampling import Sampling
 from .train_config import DiffusionTrainConfig
 from .validation import SIGMA_BINS, Validation, sums_by_sigma
@@ -51,7 +52,7 @@ Decode = Callable[[Tensor], Tensor]
 Evaluate = Callable[[LatentDiffusion, int], dict[str, float] | None]
 """A model and its step -> figures such as ``quick_fid``, or None where they cannot be had; called by every process."""
 BEST_BY = ("quick_fid", "validation/loss")
-"""What decides which model is the best so far: the first of these that is measured; lower is better."""
+"""What decides which model is the best so far, the more telling first; lower is better."""
 
 
 class DiffusionTrainer:
@@ -89,9 +90,7 @@ class DiffusionTrainer:
         positions = held_out_positions(len(cache), held_out)
         self.validate = Validation(TrainingLatents(cache, 1, seed=0), positions.tolist(), self.micro_batch)
         self.model = model.to(accelerator.device).train()
-        self.model.network.channels_last = train.channels_last
-        self.model.network.gradient_checkpointing = train.gradient_checkpointing
-        self.ema = PowerEMA(self.model, train.ema)  # copied before accelerate wraps the forward pass
+        self.ema = PowerEMA(self.model, train.ema)  # copied before the model is compiled and wrapped
         self._means = RunningMeans()
         adam = torch.optim.Adam(self.model.parameters(), lr=0.0, betas=train.betas, fused=True)
         self.state = TrainingState(
@@ -103,8 +102,7 @@ class DiffusionTrainer:
             shown=self.ema.shown,
         )
         self.state.restore()
-        if train.compile:
-            self.model.network.compile()
+        prepare_network(self.model.network, train)
         self.wrapped_model, self.optimizer = accelerator.prepare(self.model, adam)
 
     @property
@@ -124,19 +122,20 @@ class DiffusionTrainer:
             drop_after(self.run.path / SNAPSHOT_FOLDER, self.step)
         bar = progress_bar("train-diffusion", self.step, config.steps, is_main=main)
         first_batch = self.step * config.gradient_accumulation
-        first_step = self.step  # what is due at it was done before it was saved
-        with bar, prefetched(self.latents.batch, first_batch, depth=4, threads=2) as batches:
+        threads = config.num_workers
+        measured_at = self.step if self.step == 0 or self.run.logged(self.step) else -1
+        with bar, prefetched(self.latents.batch, first_batch, depth=2 * threads, threads=threads) as batches:
             while True:
                 done = self.step >= config.steps
                 reason = None if done else stop.agreed(self.accelerator)
                 last = done or reason is not None
                 measured: dict[str, float] = {}
-                if self.step > first_step:
+                if self.step != measured_at:
                     with speed.paused():
-                        measured = self._measure(done)
+                        measured = self._measure(done, clock)
                 if due(self.step, config.log_every) or measured or last:
                     speeds = speed.report(self.step, config.batch_size, batches.waited)
-                    bar.set_postfix(self._report(clock, {**speeds, **measured}), refresh=False)
+                    bar.set_postfix(self._report(clock, speeds, measured), refresh=False)
                 with speed.paused():
                     if due(self.step, config.sample_every) or (done and config.sample_every):
                         self._save_samples()
@@ -197,7 +196,8 @@ class DiffusionTrainer:
 
     def _guard(self, loss: Tensor, norm: Tensor, clock: Clock) -> None:
         """Save the last good state and stop, before any weight changes, where loss or gradient is not finite."""
-        terms = {"loss/denoising": self.accelerator.reduce(loss, "mean")}  # of all processes: they stop together
+        name = "loss/denoising" if self.model.uncertainty is None else "loss/total"
+        terms = {name: self.accelerator.reduce(loss, "mean")}  # of all processes: they stop together
         if self.accelerator.mixed_precision != "fp16":  # there the scaler skips a step whose gradients overflow
             terms["gradient_norm"] = norm
         if (bad := first_non_finite(terms)) is not None:
@@ -207,34 +207,32 @@ class DiffusionTrainer:
                 "start again (--overwrite, or another --out) with a lower learning rate or without mixed precision"
             )
 
-    def _measure(self, done: bool) -> dict[str, float]:
-        """Return what is due to be measured of the averaged weights, and keep them where they are the best so far."""
+    def _measure(self, done: bool, clock: Clock) -> dict[str, float]:
+        """Return what is due to be measured of the averaged weights, and keep them where they are the best so far.
+
+        A quick evaluation takes minutes and is not interrupted, so the state before it is saved.
+        """
         config, measured = self.config, {}
         with autocast(self.accelerator.device, self.accelerator.mixed_precision):
             if self.validate.positions and (done or due(self.step, config.validation.every)):
                 measured.update(self.validate(self.ema.shown, self.accelerator))
         quick = config.quick_evaluation.every
         if self.evaluate is not None and quick and (done or due(self.step, quick)):
+            self.state.save(clock, "running")
             measured.update(self.evaluate(self.ema.shown, self.step) or {})
-        name = next((name for name in BEST_BY if name in measured), None)
-        if name is not None:
-            self.run.save_best(self.ema.shown, self.step, name, measured[name])
+        self.run.save_best(self.ema.shown, self.step, measured, BEST_BY)
         return measured
 
-    def _report(self, clock: Clock, measured: dict[str, float]) -> dict[str, str]:
+    def _report(self, clock: Clock, speeds: dict[str, float], measured: dict[str, float]) -> dict[str, str]:
         """Log the means since the last report and the status; return what the progress bar shows."""
         steps = self.config.steps
         self.run.set_status("running", self.step, steps, clock.eta(self.step, steps))
-        means = self._means.take(self.accelerator)
-        if not means:
-            return {}
-        sums = {name: (means.pop(f"loss/{name}"), means.pop(f"count/{name}")) for name in SIGMA_BINS}
-        losses, counts = zip(*sums.values(), strict=True)
-        values = {"loss/denoising": sum(losses) / sum(counts)}
-        values |= {f"loss/denoising/sigma_{name}": loss / count for name, (loss, count) in sums.items() if count}
-        values |= means | {"learning_rate": self.config.learning_rate.at(max(0, self.step - 1), steps)} | measured
-        self.run.log(self.step, self.state.images_seen, clock.seconds, values)
-        return {"loss": f"{values['loss/denoising']:.4f}"}
+        values = _by_sigma(self._means.take(self.accelerator))
+        if values:
+            values |= {"learning_rate": self.config.learning_rate.at(max(0, self.step - 1), steps), **speeds}
+        if values or measured:
+            self.run.log(self.step, self.state.images_seen, clock.seconds, {**values, **measured})
+        return {"loss": f"{values['loss/denoising']:.4f}"} if values else {}
 
     def _save_samples(self) -> None:
         """Write a grid of images of the averaged model, always from the same noise and classes."""
@@ -248,6 +246,14 @@ class DiffusionTrainer:
                 images = self.decode(raw)
             save_grid(self.run.sample_path(self.step), images, columns=math.isqrt(len(seeds) - 1) + 1)
         self.accelerator.wait_for_everyone()
+
+
+def prepare_network(network: DenoiserNetwork, train: DiffusionTrainConfig) -> None:
+    """Make ``network`` compute as the configuration says, which changes no result."""
+    network.channels_last = train.channels_last
+    network.gradient_checkpointing = train.gradient_checkpointing
+    if train.compile:
+        network.compile()
 
 
 class Speed:
@@ -269,3 +275,13 @@ class Speed:
         images, waiting = (step - self._step) * batch_size, waited - self._waited
         self._step, self._waited, self._start = step, waited, time.perf_counter()
         return {"images_per_second": images / elapsed, "data_wait_share": waiting / elapsed}
+
+
+def _by_sigma(means: dict[str, float]) -> dict[str, float]:
+    """Return the means with the sums and counts of losses by range of noise level turned into their quotients."""
+    if not means:
+        return {}
+    sums = {name: (means.pop(f"loss/{name}"), means.pop(f"count/{name}")) for name in SIGMA_BINS}
+    losses, counts = zip(*sums.values(), strict=True)
+    by_range = {f"loss/denoising/sigma_{name}": loss / count for name, (loss, count) in sums.items() if count}
+    return {"loss/denoising": sum(losses) / sum(counts), **by_range, **means}

@@ -17,7 +17,7 @@ from ..common.config import Config
 
 
 class UncertaintyConfig(Config):
-    """The function u(sigma) that is learned beside the network and discarded after training."""
+    """The function u(sigma) that is learned beside the network; sampling does not use it."""
 
     channels: int = Field(128, ge=1)
     """Fourier features; 128 is EDM2's."""

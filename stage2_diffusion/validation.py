@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,10 +78,16 @@ class Validation:
 
 def sums_by_sigma(loss: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sums of losses ``[B]`` and their counts in each of :data:`SIGMA_BINS`, both ``[bins]`` float32."""
-    edges = torch.tensor(list(SIGMA_BINS.values())[:-1], device=sigma.device)
+    edges = _inner_edges(sigma.device)
     sums = torch.zeros(2, len(SIGMA_BINS), device=sigma.device)
     sums.index_add_(1, torch.bucketize(sigma, edges), torch.stack([loss.float(), torch.ones_like(loss)]))
     return sums[0], sums[1]
+
+
+@lru_cache
+def _inner_edges(device: torch.device) -> Tensor:
+    """Return the ends of the ranges but the last, copied to ``device`` once: a copy makes a GPU's queue wait."""
+    return torch.tensor(list(SIGMA_BINS.values())[:-1], device=device)
 
 
 def _fraction(place: int) -> float:

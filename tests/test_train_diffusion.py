@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from wavelatent.common.checkpoints import latest_checkpoint
 from wavelatent.common.config import parse_yaml
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
+from wavelatent.common.latent_cache import LatentCache
+from wavelatent.common.run_folder import RunFolder
 from wavelatent.common.runtime import RuntimeOptions
 from wavelatent.pipelines.diffusion_config import DiffusionRunConfig
 from wavelatent.pipelines.diffusion_run import load_diffusion
 from wavelatent.pipelines.loading import load_model_folder
-from wavelatent.pipelines.train_diffusion import train_diffusion
+from wavelatent.pipelines.train_diffusion import build_model, resolved, train_diffusion
 from wavelatent.stage2_diffusion import trainer as trainer_module
 from wavelatent.stage2_diffusion.model import LatentDiffusion, Losses
 from wavelatent.stage2_diffusion.validation import SIGMA_BINS
@@ -83,6 +85,10 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def best(run: Path) -> dict:
+    return json.loads((run / "best" / "best.json").read_text())
+
+
 def state(run: Path) -> dict[str, Tensor]:
     """Every tensor of the newest checkpoint."""
     checkpoint = latest_checkpoint(run)
@@ -125,8 +131,7 @@ def test_the_averages_are_kept_the_best_is_saved_and_held_out_latents_measured(t
     }
     measured = {line["step"]: line["validation/loss"] for line in metrics(trained) if "validation/loss" in line}
     assert list(measured) == [4, 6]  # every 4 steps, and at the end
-    best = json.loads((trained / "best" / "best.json").read_text())
-    assert best == {"step": min(measured, key=measured.__getitem__), "validation/loss": min(measured.values())}
+    assert best(trained) == {"step": min(measured, key=measured.__getitem__), "validation/loss": min(measured.values())}
     assert load_model_folder(LatentDiffusion, trained / "best").latent_shape == load_diffusion(trained).latent_shape
     line = metrics(trained)[-1]
     ranges = [line[f"validation/sigma_{name}"] for name in SIGMA_BINS]
@@ -142,7 +147,49 @@ def test_a_worse_model_does_not_replace_the_best(cache: Path, tmp_path: Path, mo
     train = {"quick_evaluation": {"every": 2, "num_samples": 4, "num_reference": 4}}
     train_diffusion(config(train=train), latents=cache, out=tmp_path, options=CPU)
     assert [line["quick_fid"] for line in metrics(tmp_path)] == [7, 3, 5]
-    assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"step": 4, "quick_fid": 3.0}
+    assert best(tmp_path) == {"step": 4, "quick_fid": 3.0}
+
+
+def test_a_less_telling_figure_never_replaces_the_best(cache: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, config(), {"kind": "diffusion"})
+    model, by = build_model(config(), LatentCache.open(cache)), ("quick_fid", "validation/loss")
+    for step, figures, expected in [
+        (1, {"validation/loss": 0.5}, {"step": 1, "validation/loss": 0.5}),
+        (2, {"validation/loss": 0.6}, {"step": 1, "validation/loss": 0.5}),
+        (3, {"quick_fid": 20.0, "validation/loss": 0.7}, {"step": 3, "quick_fid": 20.0}),
+        (4, {"validation/loss": 0.1}, {"step": 3, "quick_fid": 20.0}),
+        (5, {"quick_fid": 35.0}, {"step": 3, "quick_fid": 20.0}),
+        (6, {"quick_fid": 19.0}, {"step": 6, "quick_fid": 19.0}),
+        (7, {}, {"step": 6, "quick_fid": 19.0}),
+    ]:
+        run.save_best(model, step, figures, by)
+        assert best(tmp_path) == expected, step
+
+
+def test_a_best_model_from_after_the_checkpoint_is_forgotten_and_found_again(cache: Path, tmp_path: Path) -> None:
+    train = {"validation": {"every": 6}, "checkpoint_every": 3, "keep": 5}
+    train_diffusion(config(train=train), latents=cache, out=tmp_path, options=CPU)
+    whole = best(tmp_path)
+    assert whole["step"] > 3
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-6")
+    status = json.loads((tmp_path / "status.json").read_text())
+    (tmp_path / "status.json").write_text(json.dumps({**status, "state": "running", "step": 3}))
+    with RunFolder(tmp_path, resolved(config(train=train), LatentCache.open(cache)), {"kind": "diffusion"}) as run:
+        run.begin()
+    assert not (tmp_path / "best").exists()
+    train_diffusion(config(train=train), latents=cache, out=tmp_path, options=CPU)
+    assert best(tmp_path) == whole
+
+
+def test_what_was_due_when_a_run_was_killed_is_measured_when_it_goes_on(cache: Path, tmp_path: Path) -> None:
+    train = {"validation": {"every": 3}}
+    train_diffusion(config(train={**train, "steps": 3}), latents=cache, out=tmp_path, options=CPU)
+    log = tmp_path / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("".join(line + "\n" for line in lines[:-1]))  # killed between the checkpoint and the log of step 3
+    train_diffusion(config(train=train), latents=cache, out=tmp_path, options=CPU)
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 3, 4, 6]
+    assert metrics(tmp_path)[1]["validation/loss"] == json.loads(lines[-1])["validation/loss"]
 
 
 def test_quick_evaluation_without_the_images_leaves_training_alone(
