@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..common.files import write_atomically
-from .report_figures import Figure, Latents, curve_figures, latents_of
-from .report_pictures import (
-    Reconstruction,
-    Samples,
-    data_uri,
-    reconstruction,
-    samples,
-    tile,
-    to_png,
-)
+from .pages import render
+from .report_figures import Figure, curve_figures, interval_figures
+from .report_health import LEVELS, Health, health_link, health_of, health_record, health_rows
+from .report_latents import Latents, latent_record, latents_of
+from .report_metrics import Cell, evaluation_notes, footnotes, metric_rows, metric_tables, protocol_table, summary
+from .report_paths import hide_paths
+from .report_pictures import data_uri
+from .report_reconstructions import reconstruction_strips, worst_strips
 from .report_runs import Run, Variant, read_variants
+from .report_samples import sample_sheets
 from .report_tables import (
-    METRICS,
-    Cell,
+    COST_HEAD,
+    COST_NUMBERS,
     command_of,
     cost_rows,
-    metric_rows,
-    protocol_table,
+    progress_table,
+    sampling_flops,
     setting_table,
-    summary,
+    versions,
 )
 
-COLUMNS = 8
 STAGES = {1: "Stage 1: autoencoder", 2: "Stage 2: diffusion"}
 
 
@@ -46,10 +44,11 @@ def report(
 ) -> Path:
     """Write ``out/index.html`` and ``out/report.json`` about ``runs``; return the path of the page.
 
-    A stage-2 run and the stage-1 run that it names are one variant. What is missing is stated, never filled in.
+    A stage-2 run and the stage-1 run that it names are one variant. What is missing is stated, never filled in. Of
+    absolute paths the page shows the last folders only: it can be passed on.
 
     Args:
-        runs: run folders of either stage.
+        runs: run folders of either stage, and folders of samples, which are shown with the run they are of.
         out: folder for the report; an earlier one there is replaced.
         title: heading of the page.
         notes: sentences of the caller's own, put first into the summary.
@@ -58,123 +57,63 @@ def report(
         commands: command lines that make it all again, where there are better ones than the runs recorded.
 
     Raises:
-        UsageError: one of ``runs`` is not a run folder, or there are none.
+        UsageError: one of ``runs`` is neither, or there are none.
     """
     variants = read_variants(runs)
+    names = [variant.name for variant in variants]
     rows = metric_rows(variants)
     latents = {variant.name: latents_of(variant) for variant in variants}
+    health = {variant.name: health_of(variant) for variant in variants}
     lines = [*notes, *summary(variants, rows)]
-    page = _render(
+    by_stage = {stage: _runs_by_name(variants, stage) for stage in STAGES}
+    sheets, same_seeds = sample_sheets(variants)
+    page = render(
+        "report.html.j2",
         title=title,
         summary=lines,
-        names=[variant.name for variant in variants],
-        metrics=METRICS,
+        names=names,
+        metrics=metric_tables(rows),
         rows=list(zip(variants, rows, strict=True)),
-        footnotes=_footnotes(variants, rows),
+        intervals=_with_uris(interval_figures(names, rows)),
+        warnings=evaluation_notes(variants),
+        footnotes=footnotes(variants, rows),
         protocols=[(heading, protocol_table(variants, stage)) for stage, heading in STAGES.items()],
-        reconstructions=_reconstruction_strips(variants, data, max_bad_fraction),
-        samples=_sample_sheets(variants),
-        curves=[(STAGES[stage], _figures(_runs_by_name(variants, stage))) for stage in STAGES],
+        reconstructions=reconstruction_strips(variants, data, max_bad_fraction),
+        worst=worst_strips(variants),
+        samples=sheets,
+        same_seeds=same_seeds,
+        curves=[(STAGES[stage], _with_uris(curve_figures(found))) for stage, found in by_stage.items()],
+        progress=progress_table(by_stage[2]),
+        objectives=len({str(run.config.get("objective")) for run in by_stage[2].values()}),
         latents=[(name, found, _uri(found.figure)) for name, found in latents.items() if found],
-        settings=[
-            (heading, len(_runs_by_name(variants, stage)), setting_table(variants, stage))
-            for stage, heading in STAGES.items()
-        ],
+        health={name: (found, health_link(found, out)) for name, found in health.items() if found},
+        undiagnosed=[name for name, found in health.items() if not found],
+        health_rows=health_rows(health),
+        levels=LEVELS,
+        settings=[(STAGES[stage], len(found), setting_table(variants, stage)) for stage, found in by_stage.items()],
+        cost_head=COST_HEAD,
+        cost_numbers=COST_NUMBERS,
         costs=cost_rows(variants),
         commands=list(commands) or _commands(variants),
-        versions=_versions(variants),
+        versions=versions(variants),
     )
-    record = _record(title, lines, variants, rows, latents)
+    record = _record(title, lines, variants, rows, latents, health)
     write_atomically(out / "report.json", json.dumps(record, indent=2) + "\n")
-    write_atomically(out / "index.html", page)
+    write_atomically(out / "index.html", hide_paths(page, _known_paths(variants, out, data)))
     return out / "index.html"
-
-
-def _render(**values: Any) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(**values)
-
-
-def _footnotes(variants: Sequence[Variant], rows: Sequence[Mapping[str, Cell]]) -> list[str]:
-    """Return why figures are missing or must not be compared; what shares a reason shares a line."""
-    reasons: dict[str, dict[str, list[str]]] = {}  # reason -> metric -> variants
-    for variant, row in zip(variants, rows, strict=True):
-        for metric in METRICS:
-            cell = row[metric.key]
-            for text in (cell.not_computed and f"not computed: {cell.not_computed}", cell.not_comparable):
-                if text:
-                    reasons.setdefault(text, {}).setdefault(metric.title, []).append(variant.name)
-    lines = []
-    for text, metrics in reasons.items():
-        names = dict.fromkeys(name for found in metrics.values() for name in found)
-        lines.append(f"{', '.join(names)} - {', '.join(metrics)}: {text}")
-    return lines
-
-
-def _reconstruction_strips(
-    variants: Sequence[Variant], data: str | None, max_bad_fraction: float
-) -> list[dict[str, str | None]]:
-    """Return the rows of the section: originals once where they are the same, each variant's reconstructions."""
-    strips: list[dict[str, str | None]] = []
-    shown: bytes | None = None
-    done: set[Path] = set()
-    for variant in variants:
-        if variant.first is not None and variant.first.path in done:
-            continue
-        done |= {variant.first.path} if variant.first else set()
-        row: Reconstruction = reconstruction(variant, data, max_bad_fraction)
-        if row.originals is None or row.reconstructions is None:
-            strips.append({"name": variant.name, "missing": row.source, "uri": None, "alt": None})
-            continue
-        if (originals := to_png(row.originals)) != shown:
-            shown = originals
-            strips.append(_strip("originals", row.source, originals, "Original images"))
-        alt = f"The same images, encoded and decoded by {variant.name}"
-        strips.append(_strip(variant.name, row.model, to_png(row.reconstructions), alt))
-    return strips
-
-
-def _strip(name: str, source: str, png: bytes, alt: str) -> dict[str, str | None]:
-    return {"name": name, "source": source, "missing": None, "uri": data_uri(png), "alt": alt}
-
-
-def _sample_sheets(variants: Sequence[Variant]) -> list[dict[str, str | None]]:
-    """Return one sheet per variant, of the seeds that all variants with samples have, else of its own."""
-    found: dict[str, Samples] = {variant.name: samples(variant) for variant in variants}
-    seeds = [set(item.images) for item in found.values() if item.images]
-    common = set.intersection(*seeds) if seeds else set()
-    sheets: list[dict[str, str | None]] = []
-    for name, item in found.items():
-        if not item.images:
-            sheets.append({"name": name, "missing": item.source, "uri": None, "alt": None})
-            continue
-        chosen = sorted(common or item.images)
-        png = to_png(tile([item.images[seed] for seed in chosen], COLUMNS))
-        alt = f"{len(chosen)} images sampled from {name}"
-        sheets.append(_strip(name, f"seeds {chosen[0]}-{chosen[-1]}; {item.source}", png, alt))
-    return sheets
 
 
 def _runs_by_name(variants: Sequence[Variant], stage: int) -> dict[str, Run]:
     """Return the runs of one stage by the variant they are shown under first."""
     runs: dict[Path, tuple[str, Run]] = {}
     for variant in variants:
-        run = variant.first if stage == 1 else variant.second
-        if run is not None:
+        if (run := variant.stage(stage)) is not None:
             runs.setdefault(run.path, (variant.name, run))
     return dict(runs.values())
 
 
-def _figures(runs: Mapping[str, Run]) -> list[tuple[Figure, str]]:
-    return [(figure, data_uri(figure.png)) for figure in curve_figures(runs)]
+def _with_uris(figures: Iterable[Figure]) -> list[tuple[Figure, str]]:
+    return [(figure, data_uri(figure.png)) for figure in figures]
 
 
 def _uri(figure: Figure | None) -> str | None:
@@ -185,17 +124,15 @@ def _commands(variants: Sequence[Variant]) -> list[str]:
     return list(dict.fromkeys(line for variant in variants for run in variant.runs if (line := command_of(run))))
 
 
-def _versions(variants: Sequence[Variant]) -> str:
-    """Return the software of the runs; several where they differ."""
-    found = dict.fromkeys(
-        ", ".join(
-            [f"{name} {version}" for name, version in run.environment.get("versions", {}).items() if version]
-            + ([f"commit {run.environment['git_commit']}"] if run.environment.get("git_commit") else [])
-        )
-        for variant in variants
-        for run in variant.runs
-    )
-    return "; ".join(text for text in found if text)
+def _known_paths(variants: Sequence[Variant], out: Path, data: str | None) -> list[Path]:
+    """Return the paths that the page may speak of."""
+    found = [out, *([] if data is None else [Path(data)])]
+    for variant in variants:
+        for run in variant.runs:
+            found += [run.path, run.path.resolve(), *run.sample_folders]
+            found += [Path(run.inputs[key]["path"]) for key in ("latents", "autoencoder") if key in run.inputs]
+            found += [Path(run.inputs["data"]["spec"])]
+    return found
 
 
 def _record(
@@ -204,6 +141,7 @@ def _record(
     variants: Sequence[Variant],
     rows: Sequence[Mapping[str, Cell]],
     latents: Mapping[str, Latents | None],
+    health: Mapping[str, Health | None],
 ) -> dict[str, Any]:
     """Return the numbers of the page as plain JSON values."""
     return {
@@ -215,9 +153,13 @@ def _record(
                 "notes": variant.notes,
                 "runs": [_run_record(run) for run in variant.runs],
                 "metrics": {key: cell.value for key, cell in row.items() if cell.value is not None},
+                "intervals": {key: list(cell.interval) for key, cell in row.items() if cell.interval},
+                "extrapolated": {key: cell.extrapolated for key, cell in row.items() if cell.extrapolated is not None},
                 "not_computed": {key: cell.not_computed for key, cell in row.items() if cell.not_computed},
                 "not_comparable": {key: cell.not_comparable for key, cell in row.items() if cell.not_comparable},
-                "latents": _latent_record(latents[variant.name]),
+                "latents": latent_record(latents[variant.name]),
+                "health": health_record(health[variant.name]),
+                "sampling_flops": sampling_flops(variant),
             }
             for variant, row in zip(variants, rows, strict=True)
         ],
@@ -225,19 +167,14 @@ def _record(
 
 
 def _run_record(run: Run) -> dict[str, Any]:
-    last = run.curves[-1] if run.curves else {}
     return {
         "path": str(run.path),
         "stage": run.stage,
         "state": run.status.get("state"),
         "parameters": run.parameters,
+        "flops": run.flops,
         "peak_memory_bytes": run.status.get("peak_memory_bytes"),
-        "last": last,
+        "last": run.curves[-1] if run.curves else {},
+        "best": run.best,
         "protocol": (run.evaluation or {}).get("protocol"),
     }
-
-
-def _latent_record(latents: Latents | None) -> dict[str, Any] | None:
-    if latents is None:
-        return None
-    return {"channels": latents.channels, "saturated": latents.saturated, "note": latents.note}

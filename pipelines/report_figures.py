@@ -1,62 +1,52 @@
-"""The plots of a report: training curves and latent histograms, as PNG."""
+"""The plots of a report: training curves, losses by noise level and metrics with their intervals, as PNG."""
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-from torch import Tensor
-
-from ..common.errors import WavelatentError
-from ..common.latent_cache import LatentCache
-from ..common.latents import Whitening
-from ..common.randomness import generator
-from .diffusion_run import inputs_of
-from .report_runs import Run, Variant
+from ..stage2_diffusion.validation import SIGMA_BINS
+from .comparison import NOT_COMPARABLE
+from .report_metrics import METRICS_BY_KEY, Cell
+from .report_runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-LATENTS = 512
-"""Images whose latents the histograms are drawn from."""
-SATURATED = 0.95
-"""Share of the bound beyond which a bounded latent counts as saturated."""
 
 TITLES = {
     "psnr": "PSNR on training batches (dB)",
     "latent/std": "Std of raw latents",
     "latent/max_abs": "Largest raw latent",
     "latent/mean": "Mean of raw latents",
+    "validation/loss": "Validation loss",
+    "loss/denoising": "Training loss",
+    "quick_fid": "Quick FID (few samples: only within this page)",
+    "quick_kid": "Quick KID",
 }
-HIDDEN = ("learning_rate", "images_per_second", "data_wait_share")
+HIDDEN = ("learning_rate", "images_per_second", "data_wait_share", "quick_seconds")
+SIGMA_LOSSES = {"validation": "Validation loss", "loss/denoising": "Training loss"}
+"""Losses that are logged by range of noise level, as ``<name>/sigma_<range>``."""
+BY_SIGMA = re.compile(rf"({'|'.join(SIGMA_LOSSES)})/sigma_(.+)")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot as PNG bytes, with its title and the text that stands for it."""
+    """A plot as PNG bytes, with its title and the text that stands for it; a ``wide`` one takes the whole row."""
 
     title: str
     alt: str
     png: bytes
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Statistics of a variant's latents; ``figure`` and ``saturated`` are None where the cache is gone."""
-
-    channels: list[dict[str, float]]
-    """Per channel ``mean``, ``std``, ``min``, ``max`` over the whole cache, from its manifest."""
-    figure: Figure | None
-    saturated: float | None
-    """Share of values beyond 95 % of the bound, for a bounded bottleneck."""
-    note: str
+    wide: bool = False
 
 
 def curve_figures(runs: Mapping[str, Run]) -> list[Figure]:
-    """Return one plot per logged quantity with a line per run, runs by variant name; losses on a log axis."""
+    """Return one plot per logged quantity with a line per run, runs by variant name; losses on a log axis.
+
+    Losses that are logged by range of noise level are panels of one plot, and end as bars over the ranges.
+    """
     names = dict.fromkeys(
         name
         for run in runs.values()
@@ -64,12 +54,18 @@ def curve_figures(runs: Mapping[str, Run]) -> list[Figure]:
         for name, value in line.items()
         if name not in ("step", "images", "seconds", *HIDDEN) and isinstance(value, int | float)
     )
-    return [_curve(name, runs) for name in sorted(names, key=_order)]
+    plain = [name for name in names if not BY_SIGMA.fullmatch(name)]
+    figures = [_curve(name, runs) for name in sorted(plain, key=_order)]
+    for loss, title in SIGMA_LOSSES.items():
+        ranges = [name for name in SIGMA_BINS if f"{loss}/sigma_{name}" in names]
+        if ranges:
+            figures += [_ending_by_sigma(loss, title, ranges, runs), _curves_by_sigma(loss, title, ranges, runs)]
+    return figures
 
 
 def _order(name: str) -> tuple[int, str]:
-    """Sort what is read first to the front: the loss, PSNR, the other terms, health."""
-    first = ["loss/total", "loss/denoising", "psnr"]
+    """Sort what is read first to the front: how good the model is, the loss, the other terms, health."""
+    first = ["validation/loss", "quick_fid", "quick_kid", "loss/total", "loss/denoising", "psnr"]
     prefixes = ["loss/", "gradient_norm", "latent/"]
     if name in first:
         return first.index(name), name
@@ -78,93 +74,104 @@ def _order(name: str) -> tuple[int, str]:
 
 def _curve(name: str, runs: Mapping[str, Run]) -> Figure:
     title = TITLES.get(name, name)
-    ends = []
-    with _Canvas() as canvas:
-        log = name.startswith(("loss/", "gradient_norm"))
-        for number, (variant, run) in enumerate(runs.items()):
-            points = [(line["step"], line[name]) for line in run.curves if isinstance(line.get(name), int | float)]
-            if not points:
-                continue
-            steps, values = zip(*points, strict=True)
-            log = log and min(values) > 0
-            canvas.axes.plot(
-                steps, values, color=f"C{number}", linewidth=1.4, label=variant, marker="." * (len(steps) < 3)
-            )
-            ends.append(f"{variant} ends at {values[-1]:.4g}")
-        if log:
-            canvas.axes.set_yscale("log")
-        canvas.axes.set_xlabel("step")
+    with Canvas() as canvas:
+        log = name.startswith(("loss/", "validation/", "gradient_norm", "quick_fid"))
+        ends = _lines(canvas.axes, name, runs, log=log)
         canvas.axes.set_title(title, fontsize=10)
-        canvas.axes.grid(alpha=0.25, which="both", linewidth=0.5)
         canvas.axes.legend(fontsize=8, frameon=False)
         png = canvas.png()
     return Figure(title, f"{title} over training steps: {'; '.join(ends)}.", png)
 
 
-def latents_of(variant: Variant) -> Latents | None:
-    """Return the statistics and the histograms of the latents that the variant's denoiser was trained on."""
-    run = variant.second
-    if run is None:
-        return None
-    stats = run.inputs["latents"]["stats"]
-    keys = ("mean", "std", "min", "max")
-    channels = [dict(zip(keys, row, strict=True)) for row in zip(*(stats[key] for key in keys), strict=True)]
-    try:
-        cache = LatentCache.open(run.inputs["latents"]["path"], verify=False)
-    except WavelatentError as error:
-        return Latents(channels, None, None, f"no histograms: {error}")
-    if inputs_of(cache)["latents"]["fingerprint"] != run.inputs["latents"]["fingerprint"]:
-        return Latents(channels, None, None, f"no histograms: {cache.path} is no longer the cache of this run")
-    raw = _draw(cache)
-    white = Whitening.from_statistics(run.config["whitening"], stats)(raw)
-    bound = _bound(variant)
-    saturated = None if bound is None else float((raw.abs() > SATURATED * bound).float().mean())
-    note = f"drawn from the posteriors of {len(raw)} of {len(cache):,} cached images"
-    return Latents(channels, _histograms(variant.name, raw, white, bound), saturated, note)
+def _lines(axes: Axes, name: str, runs: Mapping[str, Run], *, log: bool) -> list[str]:
+    """Draw a logged quantity of every run; return where each ends."""
+    ends = []
+    for number, (variant, run) in enumerate(runs.items()):
+        if not (points := run.logged(name)):
+            continue
+        steps, values = zip(*points, strict=True)
+        log = log and min(values) > 0
+        style = "-" if number < 10 else "--"  # there are ten colours
+        marker = "." * (len(steps) < 3)
+        axes.plot(steps, values, style, color=f"C{number % 10}", linewidth=1.4, label=variant, marker=marker)
+        ends.append(f"{variant} ends at {values[-1]:.4g}")
+    if log:
+        axes.set_yscale("log")
+    axes.set_xlabel("step", fontsize=8)
+    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    return ends
 
 
-def _draw(cache: LatentCache) -> Tensor:
-    """Draw raw latents ``[N, C, h, w]`` of images spread evenly over the cache."""
-    positions = np.unique(np.linspace(0, len(cache) - 1, min(LATENTS, len(cache))).round().astype(np.int64))
-    batch = cache.read(positions)
-    return batch.posterior.sample([generator("report", index) for index in batch.index.tolist()])
-
-
-def _bound(variant: Variant) -> float | None:
-    bottleneck: dict[str, Any] = variant.first.config["model"]["bottleneck"] if variant.first else {}
-    return float(bottleneck["bound"]) if bottleneck.get("kind") == "bounded" else None
-
-
-def _histograms(name: str, raw: Tensor, white: Tensor, bound: float | None) -> Figure:
-    with _Canvas(columns=2) as canvas:
-        for axes, latents, title in zip(canvas.all, (raw, white), ("raw", "whitened"), strict=True):
-            values = latents.flatten().numpy()
-            reach = float(np.quantile(np.abs(values), 0.999)) * 1.1 or 1.0
-            edges = np.linspace(-reach, reach, 81)
-            for channel in latents.transpose(0, 1).flatten(1).numpy():
-                density, _ = np.histogram(channel, edges, density=True)
-                axes.plot((edges[1:] + edges[:-1]) / 2, density, color="C0", alpha=0.25, linewidth=0.7)
-            axes.hist(values, edges.tolist(), density=True, color="C0", alpha=0.35)
-            axes.set_title(f"{title}: mean {values.mean():.2f}, std {values.std():.2f}", fontsize=10)
-            axes.set_yticks([])
-            if title == "whitened":
-                x = np.linspace(-reach, reach, 200)
-                axes.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), "k--", linewidth=1, label="N(0, 1)")
-                axes.legend(fontsize=8, frameon=False)
-            elif bound is not None:
-                for side in (-bound, bound):
-                    axes.axvline(side, color="C3", linewidth=1, linestyle=":")
+def _curves_by_sigma(loss: str, title: str, ranges: Sequence[str], runs: Mapping[str, Run]) -> Figure:
+    title = f"{title} over steps by noise level"
+    with Canvas(columns=len(ranges)) as canvas:
+        ends = []
+        for axes, name in zip(canvas.all, ranges, strict=True):
+            found = _lines(axes, f"{loss}/sigma_{name}", runs, log=True)
+            axes.set_title(f"{title.partition(' over')[0]}, sigma {name}", fontsize=10)
+            ends.append(f"sigma {name}: {', '.join(found)}")
+        canvas.axes.legend(fontsize=8, frameon=False)
         png = canvas.png()
-    kurtosis = float(white.double().pow(4).mean() / white.double().square().mean().square())
-    alt = (
-        f"Histograms of the raw and the whitened latents of {name}; whitened mean {white.mean():.2f}, "
-        f"std {white.std():.2f}, kurtosis {kurtosis:.2f} (3 for a Gaussian)."
-    )
-    return Figure(name, alt, png)
+    return Figure(title, f"{title}. {'; '.join(ends)}.", png, wide=True)
 
 
-class _Canvas:
-    """Axes in our style, drawn without a display, and closed again."""
+def _ending_by_sigma(loss: str, title: str, ranges: Sequence[str], runs: Mapping[str, Run]) -> Figure:
+    title = f"{title} by noise level, at the end"
+    ends = []
+    with Canvas() as canvas:
+        for number, (variant, run) in enumerate(runs.items()):
+            last = [points[-1][1] if (points := run.logged(f"{loss}/sigma_{name}")) else None for name in ranges]
+            found = {place: value for place, value in enumerate(last) if value is not None}
+            if found:
+                shift = (number - (len(runs) - 1) / 2) * 0.8 / len(runs)
+                places = [place + shift for place in found]
+                colour = f"C{number % 10}"
+                canvas.axes.bar(places, list(found.values()), 0.8 / len(runs), color=colour, label=variant)
+                losses = ", ".join(f"{ranges[place]}: {value:.4g}" for place, value in found.items())
+                ends.append(f"{variant} {losses}")
+        canvas.axes.set_xticks(range(len(ranges)), ranges)
+        canvas.axes.set_xlabel("noise level sigma", fontsize=8)
+        canvas.axes.set_title(title, fontsize=10)
+        canvas.axes.legend(fontsize=8, frameon=False)
+        png = canvas.png()
+    return Figure(title, f"{title}: {'; '.join(ends)}.", png)
+
+
+def interval_figures(names: Sequence[str], rows: Sequence[Mapping[str, Cell]]) -> list[Figure]:
+    """Return one plot per metric that has an interval anywhere: a point per variant, with error bars.
+
+    A figure that is not comparable with the first is grey, and its label says so.
+    """
+    keys = dict.fromkeys(key for row in rows for key, cell in row.items() if cell.interval)
+    return [_intervals(key, names, [row[key] for row in rows]) for key in keys]
+
+
+def _intervals(key: str, names: Sequence[str], cells: Sequence[Cell]) -> Figure:
+    metric = METRICS_BY_KEY[key]
+    title = f"{metric.title} with its interval ({metric.better} is better)"
+    labels: list[str] = []
+    texts: list[str] = []
+    with Canvas() as canvas:
+        for name, cell in zip(names, cells, strict=True):
+            if cell.value is None:
+                continue
+            place, colour = len(labels), "0.6" if cell.differing else "C0"
+            low, high = cell.interval or (cell.value, cell.value)
+            canvas.axes.plot(cell.value, place, "o", color=colour, markersize=5)
+            canvas.axes.plot([low, high], [place, place], "-|", color=colour, linewidth=1.4, markersize=8)
+            labels.append(f"{name}\n({NOT_COMPARABLE})" if cell.differing else name)
+            between = f" between {low:.4g} and {high:.4g}" if cell.interval else " without interval"
+            texts.append(f"{name} {cell.text}{between}{f', {NOT_COMPARABLE}' if cell.differing else ''}")
+        canvas.axes.set_yticks(range(len(labels)), labels)
+        canvas.axes.set_ylim(len(labels) - 0.5, -0.5)  # the first on top, as in the table
+        canvas.axes.grid(alpha=0.25, axis="x", linewidth=0.5)
+        canvas.axes.set_title(title, fontsize=10)
+        png = canvas.png()
+    return Figure(title, f"{title}: {'; '.join(texts)}.", png)
+
+
+class Canvas:
+    """Axes in our style, side by side, drawn without a display, and closed again."""
 
     def __init__(self, columns: int = 1) -> None:
         import matplotlib as mpl
@@ -179,7 +186,7 @@ class _Canvas:
             axes.tick_params(labelsize=8)
             axes.spines[["top", "right"]].set_visible(False)
 
-    def __enter__(self) -> _Canvas:
+    def __enter__(self) -> Canvas:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -14,6 +14,7 @@ from ..common.errors import UsageError, WavelatentError
 from ..stage1_autoencoder.autoencoder import Autoencoder
 from .info import info
 from .loading import load_autoencoder
+from .sample_folder import MANIFEST
 
 STAGES = {"autoencoder": 1, "diffusion": 2}
 EVALUATIONS = {1: "evaluation-reconstruction", 2: "evaluation-generation"}
@@ -31,15 +32,24 @@ class Run:
     status: dict[str, Any]
     curves: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
-    """What ``evaluate`` saved beside the run, or None."""
+    """What ``evaluate`` saved beside the run, else of samples of it; None where it saved nothing."""
+    evaluation_folder: Path
+    """Where that is, or would be."""
+    sample_folders: tuple[Path, ...] = ()
+    """Folders of samples that ``sample`` drew from it: those in the run folder, and those that were given."""
 
     @classmethod
-    def read(cls, path: Path) -> Run:
-        """Read a run folder. Raises :class:`UsageError` where ``path`` is none."""
+    def read(cls, path: Path, samples: Sequence[Path] = ()) -> Run:
+        """Read a run folder, of which ``samples`` were drawn. Raises :class:`UsageError` where ``path`` is none."""
         inputs = read_json(path / "inputs.json")
         if not (path / "config.yaml").is_file() or inputs.get("kind") not in STAGES:
             raise UsageError(f"{path} is not a run folder: give folders that train-ae or train-diffusion wrote")
         stage = STAGES[inputs["kind"]]
+        inside = sorted(file.parent for file in path.glob(f"*/{MANIFEST}"))
+        folders = tuple({folder.resolve(): folder for folder in [*samples, *inside]}.values())
+        measured = [path / EVALUATIONS[stage], *folders]
+        results = [(folder, read_json(folder / "metrics.json")) for folder in measured]
+        where, evaluation = next(((folder, found) for folder, found in results if found), (measured[0], None))
         return cls(
             path=path,
             stage=stage,
@@ -48,16 +58,36 @@ class Run:
             environment=read_json(path / "environment.json"),
             status=read_json(path / "status.json"),
             curves=_read_lines(path / "metrics.jsonl"),
-            evaluation=read_json(path / EVALUATIONS[stage] / "metrics.json") or None,
+            evaluation=evaluation,
+            evaluation_folder=where,
+            sample_folders=folders,
         )
 
     @cached_property
     def parameters(self) -> dict[str, int]:
         """Parameters per part; empty where the configuration is of another version."""
+        return self._info.get("parameters", {})
+
+    @cached_property
+    def flops(self) -> dict[str, int]:
+        """Floating-point operations per image of ``encode`` and ``decode``, or of ``denoise``; empty likewise."""
+        return self._info.get("flops", {})
+
+    @cached_property
+    def _info(self) -> dict[str, Any]:
         try:
-            return info(str(self.path))["parameters"]
+            return info(str(self.path))
         except (WavelatentError, KeyError):
             return {}
+
+    @cached_property
+    def best(self) -> dict[str, Any]:
+        """The step of the best model that the run kept, and the figure that chose it; empty where it kept none."""
+        return read_json(self.path / "best" / "best.json")
+
+    def logged(self, name: str) -> list[tuple[int, float]]:
+        """Return the steps and the values of one logged quantity; lines without a finite one are left out."""
+        return [(line["step"], float(line[name])) for line in self.curves if isinstance(line.get(name), int | float)]
 
     @property
     def unfinished(self) -> str | None:
@@ -82,6 +112,10 @@ class Variant:
         """The runs there are, in order of stage."""
         return [run for run in (self.first, self.second) if run is not None]
 
+    def stage(self, number: int) -> Run | None:
+        """Return the run of stage 1 or 2."""
+        return self.first if number == 1 else self.second
+
     @cached_property
     def autoencoder(self) -> Autoencoder | None:
         """The stage-1 model, or None where it cannot be loaded."""
@@ -94,11 +128,18 @@ class Variant:
 def read_variants(paths: Sequence[Path]) -> list[Variant]:
     """Read runs of either stage and group them; a stage-1 run that only a given stage-2 run names is read too.
 
-    Raises :class:`UsageError` where a path is not a run folder, or there are none.
+    A path may also be a folder of samples: it belongs to the run that it was drawn from, which need not be given.
+
+    Raises :class:`UsageError` where a path is neither, the run of samples is not there, or there are no paths.
     """
     if not paths:
         raise UsageError("a report needs at least one run folder")
-    runs = [Run.read(path) for path in dict.fromkeys(Path(path) for path in paths)]
+    folders: dict[Path, list[Path]] = {}  # run -> samples of it
+    for path in map(Path, paths):
+        run_path = path if (path / "config.yaml").is_file() else _run_of_samples(path)
+        same = next((known for known in folders if known.resolve() == run_path.resolve()), run_path)
+        folders.setdefault(same, []).extend([] if run_path is path else [path])
+    runs = [Run.read(path, samples) for path, samples in folders.items()]
     firsts = {run.path.resolve(): run for run in runs if run.stage == 1}
     variants, used = [], set()
     for run in runs:
@@ -113,6 +154,16 @@ def read_variants(paths: Sequence[Path]) -> list[Variant]:
         variant.name = name
         variant.notes += _doubts(variant)
     return variants
+
+
+def _run_of_samples(path: Path) -> Path:
+    """Return the run that a folder of samples records; a path that is no such folder is returned as it is."""
+    recorded = read_json(path / MANIFEST).get("run")
+    if recorded is None:
+        return path
+    if not (Path(recorded) / "config.yaml").is_file():
+        raise UsageError(f"{path} holds samples of {recorded}, which is not there: give the run folder alone")
+    return Path(recorded)
 
 
 def _named_first(run: Run, firsts: dict[Path, Run]) -> Run | None:
@@ -130,6 +181,10 @@ def _named_first(run: Run, firsts: dict[Path, Run]) -> Run | None:
 def _doubts(variant: Variant) -> list[str]:
     """Say what a reader must know about the state of the runs."""
     notes = [f"{run.path} is {run.unfinished}" for run in variant.runs if run.unfinished]
+    for run in variant.runs:
+        others = [folder for folder in run.sample_folders if folder != run.evaluation_folder]
+        if measured := ", ".join(folder.name for folder in others if (folder / "metrics.json").is_file()):
+            notes.append(f"the metrics of {run.path} are those in {run.evaluation_folder.name}; not shown: {measured}")
     if variant.second is None:
         return notes
     if variant.first is None:

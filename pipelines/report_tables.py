@@ -1,179 +1,145 @@
-"""The numbers of a report: metrics with what they may be compared with, settings that differ, cost."""
+"""The tables of a report besides the metrics: settings that differ, how training went, and what it all cost."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .report_runs import EVALUATIONS, Run, Variant
+from .comparison import flatten, plain
+from .report_metrics import protocol_of
+from .report_runs import Run, Variant
 
-SMALL_SAMPLE = 10_000
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A column of the metric table. ``own`` are the protocol fields that matter to it and not to every metric."""
-
-    key: str
-    title: str
-    better: str
-    stage: int
-    digits: int
-    own: tuple[str, ...] = ()
-
-
-INCEPTION = ("features", "weights_sha256", "resize.features")
-METRICS = [
-    Metric("psnr", "PSNR (dB)", "higher", 1, 2, ("psnr",)),
-    Metric("ssim", "SSIM", "higher", 1, 3, ("ssim",)),
-    Metric("lpips", "LPIPS", "lower", 1, 3, ("lpips_net",)),
-    Metric("rfid", "rFID", "lower", 1, 2, INCEPTION),
-    Metric("fid", "FID", "lower", 2, 2, INCEPTION),
-    Metric("kid_mean", "KID", "lower", 2, 4, (*INCEPTION, "kid")),
-    Metric("precision", "Precision", "higher", 2, 3, (*INCEPTION, "precision_recall")),
-    Metric("recall", "Recall", "higher", 2, 3, (*INCEPTION, "precision_recall")),
-]
-OWN_FIELDS = {name for metric in METRICS for name in metric.own}
-IDENTITY = (
-    "autoencoder.path", "autoencoder.fingerprint", "run", "model_sha256", "autoencoder_fingerprint", "samples",
-    "reference", "notes", "ema", "library versions",
-)  # fmt: skip
-"""Protocol fields that say what was measured or with which software, and do not define the figure."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One figure: its text, and why it is missing or must not be compared."""
-
-    text: str
-    value: float | None = None
-    not_computed: str | None = None
-    not_comparable: str | None = None
-
-
-def flatten(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as ``{"a.b": value}``."""
-    if not isinstance(content, Mapping) or not content:
-        return {prefix[:-1]: content}
-    return {key: value for name, inner in content.items() for key, value in flatten(inner, f"{prefix}{name}.").items()}
-
-
-def metric_rows(variants: Sequence[Variant]) -> list[dict[str, Cell]]:
-    """Return one row per variant, metric key to cell; a cell is held against the first variant that has the figure."""
-    base: dict[str, tuple[str, dict[str, Any]]] = {}
-    rows = []
-    for variant in variants:
-        row = {}
-        for metric in METRICS:
-            cell, protocol = _cell(variant, metric)
-            if cell.value is not None:
-                first_name, first_protocol = base.setdefault(metric.key, (variant.name, protocol))
-                if differing := _differing(metric, first_protocol, protocol):
-                    reason = f"not comparable with {first_name}: {', '.join(differing)}"
-                    cell = Cell(cell.text, cell.value, not_comparable=reason)
-            row[metric.key] = cell
-        rows.append(row)
-    return rows
-
-
-def _cell(variant: Variant, metric: Metric) -> tuple[Cell, dict[str, Any]]:
-    run = variant.first if metric.stage == 1 else variant.second
-    if run is None:
-        return Cell("not computed", not_computed=f"there is no stage-{metric.stage} run"), {}
-    if run.evaluation is None:
-        command = "reconstruction --ae" if metric.stage == 1 else "generation --num N --run"
-        reason = f"no {EVALUATIONS[run.stage]}/metrics.json; run: wavelatent evaluate {command} {run.path} --data DATA"
-        return Cell("not computed", not_computed=reason), {}
-    value = run.evaluation.get("metrics", {}).get(metric.key)
-    protocol = flatten(_protocol(run))
-    if not isinstance(value, int | float):
-        reason = run.evaluation.get("not_computed", {}).get(metric.key, "not among the metrics that were saved")
-        return Cell("not computed", not_computed=reason), protocol
-    text = f"{value:.{metric.digits}f}"
-    spread = run.evaluation["metrics"].get("kid_std") if metric.key == "kid_mean" else None
-    if isinstance(spread, int | float):
-        text += f" ± {spread:.{metric.digits}f}"
-    if interval := run.evaluation["metrics"].get(f"{metric.key}_interval"):
-        text += f" [{interval[0]:.{metric.digits}f}, {interval[1]:.{metric.digits}f}]"
-    return Cell(text, float(value)), protocol
-
-
-def _is_in(name: str, fields: Sequence[str] | set[str]) -> bool:
-    return any(name == field or name.startswith(f"{field}.") for field in fields)
-
-
-def _differing(metric: Metric, first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Name the protocol fields that define ``metric`` and differ, with both values."""
-    names = [
-        name
-        for name in dict.fromkeys([*first, *other])
-        if not _is_in(name, IDENTITY) and (_is_in(name, metric.own) or not _is_in(name, OWN_FIELDS))
-    ]
-    return [
-        f"{name} ({_plain(other.get(name))} against {_plain(first.get(name))})"
-        for name in names
-        if first.get(name) != other.get(name)
-    ]
-
-
-def protocol_table(variants: Sequence[Variant], stage: int) -> list[tuple[str, list[str]]]:
-    """Return the protocol's fields and every variant's value; one value where all agree."""
-    protocols = [
-        {} if run is None or run.evaluation is None else flatten(_protocol(run))
-        for run in (variant.first if stage == 1 else variant.second for variant in variants)
-    ]
-    names = dict.fromkeys(name for protocol in protocols for name in protocol)
-    rows = []
-    for name in names:
-        values = [_plain(protocol[name]) if name in protocol else "-" for protocol in protocols]
-        rows.append((name, values[:1] if len(set(values)) == 1 else values))
-    return rows
+UNKNOWN = "unknown"
+LOWER_IS_BETTER = {"validation/loss": "Validation loss", "quick_fid": "Quick FID", "quick_kid": "Quick KID"}
+"""Logged figures of stage two that say how good a model is, and their titles."""
 
 
 def setting_table(variants: Sequence[Variant], stage: int) -> list[tuple[str, list[str]]]:
     """Return the settings in which the variants' runs of one stage differ."""
-    runs = [variant.first if stage == 1 else variant.second for variant in variants]
+    runs = [variant.stage(stage) for variant in variants]
     configs = [{} if run is None else flatten(run.config) for run in runs]
     names = dict.fromkeys(name for config in configs for name in config)
-    rows = [(name, [_plain(config[name]) if name in config else "-" for config in configs]) for name in names]
+    rows = [(name, [plain(config[name]) if name in config else "-" for config in configs]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
+def progress_table(runs: Mapping[str, Run]) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the rows of what training measured of stage-two models, last and best, runs by variant."""
+    measured = {key: title for key, title in LOWER_IS_BETTER.items() if any(run.logged(key) for run in runs.values())}
+    head = [f"{title}, {which}" for title in measured.values() for which in ("last", "best")]
+    rows = []
+    for name, run in runs.items():
+        row = [name]
+        for key in measured:
+            points = run.logged(key)
+            row += [_at(points[-1]), _at(min(points, key=lambda point: point[1]))] if points else ["-", "-"]
+        rows.append([*row, _kept(run), _widths(run)])
+    return ["variant", *head, "kept as best", "EMA widths"], rows
+
+
+def _at(point: tuple[int, float]) -> str:
+    return f"{point[1]:.4g} at step {point[0]:,}"
+
+
+def _kept(run: Run) -> str:
+    """Return the step of the model in ``best/`` and the figure that chose it."""
+    chosen = [f"{LOWER_IS_BETTER.get(name, name)} {value:.4g}" for name, value in run.best.items() if name != "step"]
+    return f"step {run.best.get('step', 0):,}, by {', '.join(chosen)}" if chosen else "-"
+
+
+def _widths(run: Run) -> str:
+    """Return the averages of the weights that the run kept, and the one that was measured."""
+    ema = run.config.get("train", {}).get("ema", {})
+    kept = ", ".join(f"{width:g}" for width in ema["widths"]) if "widths" in ema else plain(ema or None)
+    used = protocol_of(run).get("ema")
+    return kept if used is None or isinstance(used, Mapping) else f"{kept}; measured: {plain(used)}"
+
+
+COST_HEAD = (
+    "variant", "stage", "parameters", "FLOPs per image", "per sample", "steps", "images", "training", "speed",
+    "peak memory", "on",
+)  # fmt: skip
+COST_NUMBERS = ("steps", "images", "training", "speed", "peak memory")
+
+
 def cost_rows(variants: Sequence[Variant]) -> list[list[str]]:
-    """Return one row per run: variant, stage, parameters, steps, images, time, speed, peak memory, hardware."""
+    """Return one row per run, of what :data:`COST_HEAD` names."""
     rows, seen = [], set()
     for variant in variants:
         for run in variant.runs:
             if run.path not in seen:
                 seen.add(run.path)
-                rows.append([variant.name, f"{run.stage}", *_cost(run)])
+                flops = ", ".join(f"{part} {_flops(n)}" for part, n in run.flops.items())
+                sample = _sample_cost(variant, run)
+                rows.append([variant.name, f"{run.stage}", _parameters(run), flops or UNKNOWN, sample, *_training(run)])
     return rows
 
 
-def _cost(run: Run) -> list[str]:
+def sampling_flops(variant: Variant) -> int | None:
+    """Return the operations of one sample: every evaluation of the denoiser, and the decoder.
+
+    None where they are not known: nothing was measured, there is no autoencoder, or another network guides.
+    """
+    first, second = variant.first, variant.second
+    protocol = protocol_of(second)
+    calls = protocol.get("evaluations")
+    if first is None or second is None or not calls or protocol.get("guide_sha256"):
+        return None
+    denoise, decode = second.flops.get("denoise"), first.flops.get("decode")
+    return None if denoise is None or decode is None else calls * denoise + decode
+
+
+def _sample_cost(variant: Variant, run: Run) -> str:
+    if run.stage == 1:
+        return "-"
+    protocol = protocol_of(run)
+    if not (calls := protocol.get("evaluations")):
+        return "not measured"
+    parts = [f"{calls} evaluations ({protocol.get('sampler')}, {protocol.get('steps')} steps{_guidance(protocol)})"]
+    if (total := sampling_flops(variant)) is not None:
+        parts.append(f"{_flops(total)} with the decoder")
+    return ": ".join(parts)
+
+
+def _guidance(protocol: Mapping[str, Any]) -> str:
+    weight = protocol.get("guidance", 1)
+    if weight == 1:
+        return ""
+    interval = protocol.get("guidance_interval")
+    within = f" for noise levels {plain(interval)}" if interval else ""
+    return f", guidance {weight:g}{within}{' by another run' if protocol.get('guide_sha256') else ''}"
+
+
+def _parameters(run: Run) -> str:
+    return ", ".join(f"{part} {_count(n)}" for part, n in run.parameters.items() if part != "total") or UNKNOWN
+
+
+def _training(run: Run) -> list[str]:
     last = run.curves[-1] if run.curves else {}
     seconds, images = last.get("seconds"), last.get("images")
-    parameters = ", ".join(f"{part} {_count(n)}" for part, n in run.parameters.items() if part != "total")
     memory = run.status.get("peak_memory_bytes")
     hardware = run.environment.get("hardware", {})
-    machine = ", ".join(hardware.get("gpus") or [f"CPU, {hardware.get('threads', '?')} thread(s)"])
     return [
-        parameters or "unknown",
         f"{last.get('step', 0):,}",
-        f"{images:,}" if images else "unknown",
-        duration(seconds) if seconds else "unknown",
-        f"{images / seconds:,.0f} / s" if seconds and images else "unknown",
-        f"{memory / 2**20:,.0f} MiB" if memory else "unknown",
-        machine,
+        f"{images:,}" if images else UNKNOWN,
+        f"{duration(seconds)} ({seconds:,.0f} s)" if seconds else UNKNOWN,
+        f"{images / seconds:,.0f} / s" if seconds and images else UNKNOWN,
+        f"{memory / 2**20:,.0f} MiB" if memory else UNKNOWN,
+        ", ".join(hardware.get("gpus") or [f"CPU, {hardware.get('threads', '?')} thread(s)"]),
     ]
 
 
 def _count(number: int) -> str:
     return f"{number / 1e6:.2f} M" if number >= 10_000 else f"{number:,}"
+
+
+def _flops(number: int) -> str:
+    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number / 1e6:.2f} MFLOP"
 
 
 def duration(seconds: float) -> str:
@@ -194,76 +160,14 @@ def command_of(run: Run) -> str | None:
     return f"{program} {shlex.join(recorded[1:])}"
 
 
-def _plain(value: Any) -> str:
-    if value is None or value == {}:
-        return "none"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def summary(variants: Sequence[Variant], rows: Sequence[Mapping[str, Cell]]) -> list[str]:
-    """Say in plain words what the table shows, and what it does not."""
-    names = [variant.name for variant in variants]
-    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    first = f"This page shows {'one variant' if len(names) == 1 else f'{len(names)} variants'}: {listed}."
-    lines = [f"{first} {_what_was_trained(variants)}"]
-    lines += _sample_sizes(variants)
-    if len(variants) > 1:
-        lines.append(
-            "No variant is claimed to be better than another. Each was trained once, so the table has no error bars, "
-            "and the same training with another seed would move every figure by an unknown amount. Showing a "
-            "difference takes several seeds per variant."
+def versions(variants: Sequence[Variant]) -> str:
+    """Return the software of the runs; several where they differ."""
+    found = dict.fromkeys(
+        ", ".join(
+            [f"{name} {version}" for name, version in run.environment.get("versions", {}).items() if version]
+            + ([f"commit {run.environment['git_commit']}"] if run.environment.get("git_commit") else [])
         )
-    if any(cell.not_comparable for row in rows for cell in row.values()):
-        lines.append(
-            "Figures marked “not comparable” were measured under another protocol than the first in their column: "
-            "do not read them side by side."
-        )
-    missing = dict.fromkeys(METRICS_BY_KEY[key].title for row in rows for key, cell in row.items() if cell.not_computed)
-    if missing:
-        lines.append(f"Missing for at least one variant: {', '.join(missing)}. The reasons stand below the table.")
-    lines += [note[0].upper() + note[1:] + "." for variant in variants for note in variant.notes]
-    return lines
-
-
-METRICS_BY_KEY = {metric.key: metric for metric in METRICS}
-
-
-def _what_was_trained(variants: Sequence[Variant]) -> str:
-    runs = [run for variant in variants for run in variant.runs]
-    data = {run.inputs["data"]["fingerprint"]: run.inputs["data"] for run in reversed(runs)}
-    names = [f"{d['spec']} at {d['transform'].get('size', '?')} px" for d in reversed(data.values())]
-    seeds = dict.fromkeys(str(run.config.get("seed", "?")) for run in runs)
-    return f"Trained on {'; '.join(names)}, with seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}."
-
-
-def _sample_sizes(variants: Sequence[Variant]) -> list[str]:
-    """State N, and the bias of the Fréchet distance where it is small."""
-    lines = []
-    for stage, name, what in ((1, "rFID", "Reconstructions were"), (2, "FID", "Samples were")):
-        runs = [run for variant in variants for run in variant.runs if run.stage == stage and run.evaluation]
-        sizes = {(p.get("num_samples", 0), p.get("num_reference", 0)) for p in map(_protocol, runs)}
-        if not sizes:
-            continue
-        counts = "; ".join(f"{a:,} against {b:,}" for a, b in sorted(sizes))
-        line = f"{what} measured on {counts} reference images."
-        computed = any(name.lower() in (run.evaluation or {}).get("metrics", {}) for run in runs)
-        if computed and min(min(pair) for pair in sizes) < SMALL_SAMPLE:
-            line += (
-                f" So few images bias {name} upwards, the more the fewer they are: compare it only inside this page, "
-                "never with published figures at 50,000."
-            )
-        if stage == 1 and any(_is_training_data(run) for run in runs):
-            line += " They are training images: nothing here tests unseen ones."
-        lines.append(line)
-    return lines
-
-
-def _protocol(run: Run) -> dict[str, Any]:
-    return (run.evaluation or {}).get("protocol", {})
-
-
-def _is_training_data(run: Run) -> bool:
-    measured = _protocol(run).get("reference_fingerprint")
-    return measured is not None and measured == run.inputs["data"]["fingerprint"]
+        for variant in variants
+        for run in variant.runs
+    )
+    return "; ".join(text for text in found if text)

@@ -10,31 +10,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import yaml
+from finished_runs import (
+    MEASURED,
+    RECONSTRUCTION,
+    SIDE,
+    TINY,
+    colour,
+    result,
+    write,
+    write_first,
+    write_health,
+    write_samples,
+    write_second,
+)
 from PIL import Image
 
 from wavelatent.common.errors import UsageError
-from wavelatent.common.latent_cache import AutoencoderRecord, DataRecord, LatentCache
-from wavelatent.common.latent_cache_writer import CachePlan, CacheWriter
-from wavelatent.common.latents import Posterior
-from wavelatent.pipelines.diffusion_run import inputs_of
+from wavelatent.pipelines.info import info
 from wavelatent.pipelines.report import report
-from wavelatent.pipelines.report_pictures import tile, untile
-from wavelatent.pipelines.report_runs import read_variants
-from wavelatent.pipelines.report_tables import flatten, metric_rows
+from wavelatent.pipelines.report_figures import curve_figures, interval_figures
+from wavelatent.pipelines.report_health import health_of, health_rows
+from wavelatent.pipelines.report_metrics import metric_rows
+from wavelatent.pipelines.report_paths import hide_paths
+from wavelatent.pipelines.report_pictures import LARGEST_PNG, embed, tile, untile
+from wavelatent.pipelines.report_runs import Run, Variant, read_variants
+from wavelatent.pipelines.report_samples import sample_sheets
+from wavelatent.pipelines.report_tables import COST_HEAD, cost_rows, progress_table, sampling_flops
 from wavelatent.stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
-
-SIDE = 16
-RECONSTRUCTION = {
-    "metrics": {"psnr": 21.5, "ssim": 0.71, "lpips": 0.123, "rfid": 33.25},
-    "protocol": {
-        "num_samples": 64, "num_reference": 64, "features": "inception-v3-2015-12-05", "weights_sha256": "abc",
-        "resize": {"data": "none", "features": "bilinear"}, "lpips_net": "alex", "reference_fingerprint": "d" * 64,
-        "autoencoder": {"path": "one", "fingerprint": "a" * 64, "mixed_precision": "no"},
-    },
-    "seconds": 1.0,
-}  # fmt: skip
 
 
 @dataclass
@@ -64,61 +66,6 @@ def parse(path: Path) -> Page:
     return page
 
 
-def write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-
-
-def write_run(path: Path, config: dict, inputs: dict, names: tuple[str, ...], grid: tuple[int, int]) -> Path:
-    """Write a finished run; the cells of its sample grid, ``(rows, columns)``, are flat and tell their number."""
-    write(path / "config.yaml", yaml.safe_dump(config))
-    write(path / "inputs.json", inputs)
-    write(path / "status.json", {"state": "done", "step": 20, "of": 20, "peak_memory_bytes": 300 * 2**20})
-    write(path / "environment.json", {"command_line": ["/x/cli.py", "train", "a b"], "versions": {"torch": "2.9"}})
-    lines = [{"step": s, "images": 8 * s, "seconds": 2.0 * s, **dict.fromkeys(names, 1 / s)} for s in (10, 20)]
-    write(path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "los')
-    cells = [np.full((SIDE, SIDE, 3), 10 * n, dtype=np.uint8) for n in range(grid[0] * grid[1])]
-    (path / "samples").mkdir()
-    Image.fromarray(tile(cells, grid[1])).save(path / "samples" / "step-20.png")
-    Image.fromarray(tile(cells, grid[1])[::-1]).save(path / "samples" / "step-9.png")
-    return path
-
-
-def write_first(path: Path, **model: Any) -> Path:
-    data = {"spec": "synthetic:64", "fingerprint": "d" * 64, "transform": {"size": SIDE}}
-    config = {"model": {"channels": 2, "bottleneck": {"kind": "kl"}, **model}, "seed": 0}
-    return write_run(path, config, {"kind": "autoencoder", "data": data}, ("loss/l1", "psnr"), (2, 8))
-
-
-def write_second(path: Path, first: Path, *, num_samples: int = 4) -> Path:
-    """A stage-2 run on a cache whose first channel is at +-2.9 and whose second is at 0."""
-    plan = CachePlan(
-        autoencoder=AutoencoderRecord(fingerprint="a" * 64, path=str(first.resolve())),
-        data=DataRecord(fingerprint="d" * 64, spec="synthetic:64", transform={"size": SIDE}),
-        shape=(2, 3, 5),
-        count=10,
-        shard_size=4,
-    )
-    writer = CacheWriter(path.with_name(f"{path.name}-cache"), plan)
-    for number in writer.unfinished():
-        index = torch.tensor(writer.remaining(number))
-        signs = torch.where(index % 2 == 0, 2.9, -2.9)[:, None, None].expand(-1, 3, 5)
-        writer.add(number, index, Posterior(torch.stack([signs, torch.zeros_like(signs)], dim=1)))
-    writer.finish()
-    cache = LatentCache.open(path.with_name(f"{path.name}-cache"))
-    config = {
-        "model": {"kind": "unet", "channels": 32, "multipliers": [1], "attention_levels": [], "head_channels": 8},
-        "whitening": "scalar",
-        "train": {"num_samples": num_samples, "sample_steps": 3},
-        "seed": 0,
-    }
-    return write_run(path, config, inputs_of(cache), ("loss/denoising", "gradient_norm"), (2, 2))
-
-
-def result(**changes: Any) -> dict[str, Any]:
-    return {**RECONSTRUCTION, "protocol": {**RECONSTRUCTION["protocol"], **changes}}  # type: ignore[dict-item]
-
-
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[Path, Path]:
     """A whole variant and a stage-1 run by itself; returns the stage-2 run of the one, and the other."""
@@ -130,12 +77,13 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
 def test_the_page_needs_nothing_but_itself(two: tuple[Path, Path], tmp_path: Path) -> None:
     path = report(two, tmp_path / "report", title="<b>Runs</b>", notes=["one & two"])
     assert {p.name for p in path.parent.iterdir()} == {"index.html", "report.json"}
+    assert path.stat().st_size < 2_000_000
     text, page = path.read_text(encoding="utf-8"), parse(path)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}
     assert "url(" not in text
     assert "@import" not in text
     for tag, attributes in page.tags:
-        for name in ("src", "href", "srcset", "action"):
+        for name in ("src", "srcset", "action"):
             value = attributes.get(name)
             assert value is None or (tag, name) == ("img", "src"), (tag, name, value)
     assert len(page.images) >= 3 + 4 + 1  # reconstructions and samples, curves, a histogram
@@ -243,8 +191,7 @@ def test_lost_pieces_are_stated(two: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_bad_images_are_skipped_up_to_the_fraction_that_is_allowed(two: tuple[Path, Path], tmp_path: Path) -> None:
-    tiny = {"encoder": {"kind": "litevae", "size": "s", "levels": 1, "num_res_blocks": 1}, "decoder": {"width": "tiny"}}
-    Autoencoder(AutoencoderConfig.model_validate(tiny)).save_pretrained(two[1] / "model")
+    Autoencoder(AutoencoderConfig.model_validate(TINY)).save_pretrained(two[1] / "model")
     for number in range(3):
         write(tmp_path / "photos" / f"{number}.png", "")
         Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "photos" / f"{number}.png")
@@ -253,13 +200,179 @@ def test_bad_images_are_skipped_up_to_the_fraction_that_is_allowed(two: tuple[Pa
     assert "1 of 4 images" in parse(report(two[1:], **options)).text
     page = parse(report(two[1:], **options, max_bad_fraction=0.25))
     assert "1 of 4 images" not in page.text
-    assert f"from {tmp_path / 'photos'}" in page.text
+    assert f"from .../{tmp_path.name}/photos" in page.text
+
+
+def pixels(attributes: dict[str, str | None]) -> np.ndarray:
+    """Return the pixels of an ``img``."""
+    _, _, encoded = (attributes["src"] or "").partition(",")
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def colours(sheet: np.ndarray, count: int) -> list[tuple[int, ...]]:
+    """Return the colours in the middles of the first ``count`` tiles of a sheet."""
+    return [tuple(cell[SIDE // 2, SIDE // 2].tolist()) for cell in untile(sheet, min(count, 4), count)]
 
 
 def test_samples_are_of_the_seeds_that_all_have(two: tuple[Path, Path], tmp_path: Path) -> None:
     third = write_second(tmp_path / "two-diffusion", two[1], num_samples=3)
-    text = parse(report([two[0], third], tmp_path / "report")).text
-    assert text.count("seeds 0-2; Heun, 3 steps, by the averaged weights at training step 20") == 2
+    sheets, same = sample_sheets(read_variants([two[0], third]))
+    assert same
+    for sheet in sheets:
+        assert sheet.source == "seeds 0-2; Heun, 3 steps, by the averaged weights at training step 20"
+        assert colours(pixels({"src": sheet.uri}), 3) == [colour(seed) for seed in range(3)]
+
+
+def test_folders_of_samples_are_shown_side_by_side(two: tuple[Path, Path], tmp_path: Path) -> None:
+    second = two[0]
+    plain = write_samples(second / "samples-32", second, range(8))
+    guided = write_samples(tmp_path / "guided", second, range(3, 12), guidance=2.0, guide_sha256="f")
+    (guided / "000004.png").write_text("broken")
+    sheets, same = sample_sheets(read_variants([guided]))  # the run is where the samples say
+    assert same
+    assert [sheet.source for sheet in sheets] == [
+        "seeds 3, 5, 6, 7; heun, 18 steps, guidance 2 by another run, EMA 0.05, in guided",
+        "seeds 3, 5, 6, 7; heun, 18 steps, EMA 0.05, in samples-32",
+    ]
+    for sheet in sheets:
+        assert colours(pixels({"src": sheet.uri}), 4) == [colour(seed) for seed in (3, 5, 6, 7)]
+    for seed in range(3, 12):
+        (guided / f"{seed:06d}.png").rename(guided / f"{seed + 100:06d}.png")
+    sheets, same = sample_sheets(read_variants([second, guided]))
+    assert not same
+    assert [sheet.source.partition(";")[0] for sheet in sheets] == [
+        "seeds 103, 105, 106, 107, 108, 109, 110, 111", "seeds 0-7"
+    ]  # fmt: skip
+    write(plain / "metrics.json", {"metrics": {"fid": 12.5}, "protocol": {"num_samples": 8}})
+    (variant,) = read_variants([second])
+    assert metric_rows([variant])[0]["fid"].value == 12.5
+    write(guided / "samples.json", {"run": str(tmp_path / "gone")})
+    with pytest.raises(UsageError, match="gone, which is not there"):
+        read_variants([guided])
+
+
+def test_intervals_stand_beside_their_figures(two: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = tmp_path / "one", two[1]
+    metrics = {**RECONSTRUCTION["metrics"], "rfid_interval": [31.04, 35.55], "psnr_interval": None}
+    write(first / "evaluation-reconstruction" / "metrics.json", {**RECONSTRUCTION, "metrics": metrics})
+    write(second / "evaluation-reconstruction" / "metrics.json", result(weights_sha256="other"))
+    variants = read_variants([first, second])
+    rows = metric_rows(variants)
+    assert rows[0]["rfid"].interval == (31.04, 35.55)
+    assert rows[0]["psnr"].interval is None
+    (figure,) = interval_figures([variant.name for variant in variants], rows)
+    assert "one 33.25 between 31.04 and 35.55; two 33.25 without interval, not comparable" in figure.alt
+    page = parse(report([first, second], tmp_path / "report"))
+    assert "[31.04, 35.55]" in page.text
+    assert "not comparable: weights_sha256" in page.text
+    assert "Its intervals say how much a figure depends on the images that were measured, and no more" in page.text
+    record = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert record["variants"][0]["intervals"] == {"rfid": [31.04, 35.55]}
+
+
+def test_optional_metrics_are_columns_only_where_there_are_any(two: tuple[Path, Path]) -> None:
+    second = two[0]
+    file = second / "evaluation-generation" / "metrics.json"
+    write(file, {"metrics": {"fid": 9.0}, "not_computed": {"density": "too few"}, "protocol": {}})
+    assert "density" not in metric_rows(read_variants([second]))[0]
+    write(file, {"metrics": {"fid": 9.0, "density": 0.875}, "protocol": {}})
+    row = metric_rows(read_variants([second]))[0]
+    assert row["density"].text == "0.875"
+    assert "fd_dinov2" not in row
+
+
+def test_faults_of_the_latents_stand_first_and_link_to_their_page(two: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = tmp_path / "one", two[1]
+    write_health(first / "latent-health", saturation="ok", dead_channel="note", heavy_tail="ok")
+    write_health(second, saturation="ok", heavy_tail="fault")
+    found = {variant.name: health_of(variant) for variant in read_variants([first, second])}
+    rows = health_rows(found)
+    assert [(row.name, row.worst) for row in rows] == [
+        ("scale: heavy_tail", "fault"), ("scale: dead_channel", "note"), ("scale: saturation", "ok")
+    ]  # fmt: skip
+    assert [cell and cell.level for cell in rows[1].cells] == ["note", None]
+    page = parse(report([first, second], tmp_path / "report"))
+    assert "heavy_tail measured 3. Threshold: below 2 (ours)." in page.text
+    assert "two, locality: not computed: too small" in page.text
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert links == ["../one/latent-health/health.html", "../two/health.html"]
+    assert all((tmp_path / "report" / (link or "")).is_file() for link in links)
+    assert "not diagnosed" not in page.text
+
+
+def test_health_of_another_autoencoder_is_doubted(two: tuple[Path, Path]) -> None:
+    Autoencoder(AutoencoderConfig.model_validate(TINY)).save_pretrained(two[1] / "model")
+    write_health(two[1], saturation="ok")
+    health = health_of(read_variants(two[1:])[0])
+    assert health is not None
+    assert health.doubt == "two: the autoencoder has changed since it was diagnosed; run diagnose again"
+
+
+def test_progress_and_cost_of_stage_two(two: tuple[Path, Path], tmp_path: Path) -> None:
+    second = two[0]
+    lines = [{"step": s, "images": 8 * s, "seconds": 2.0 * s, "validation/loss": v} for s, v in ((10, 0.25), (20, 0.5))]
+    write(second / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write(second / "best" / "best.json", {"step": 10, "validation/loss": 0.25})
+    protocol = {"evaluations": 35, "sampler": "heun", "steps": 18, "guidance": 1.0, "ema": 0.05}
+    write(second / "evaluation-generation" / "metrics.json", {"metrics": {"fid": 9.0}, "protocol": protocol})
+    (variant,) = read_variants([second])
+    head, rows = progress_table({"one": second_of(variant)})
+    assert dict(zip(head, rows[0], strict=True)) == {
+        "variant": "one",
+        "Validation loss, last": "0.5 at step 20",
+        "Validation loss, best": "0.25 at step 10",
+        "kept as best": "step 10, by Validation loss 0.25",
+        "EMA widths": "0.1, 0.05; measured: 0.05",
+    }
+    denoise = info(str(second))["flops"]["denoise"]
+    assert second_of(variant).flops == {"denoise": denoise}
+    decode = info(str(tmp_path / "one"))["flops"]["decode"]
+    assert sampling_flops(variant) == 35 * denoise + decode
+    row = dict(zip(COST_HEAD, cost_rows([variant])[1], strict=True))
+    assert row["per sample"].startswith("35 evaluations (heun, 18 steps): ")
+    assert (row["training"], row["speed"], row["peak memory"]) == ("40 s (40 s)", "4 / s", "300 MiB")
+    write(
+        second / "evaluation-generation" / "metrics.json",
+        {"protocol": {**protocol, "guidance": 2.0, "guide_sha256": "f"}},
+    )
+    (variant,) = read_variants([second])
+    assert cost_rows([variant])[1][4] == "35 evaluations (heun, 18 steps, guidance 2 by another run)"
+    assert sampling_flops(variant) is None  # how large the other network is does not stand there
+
+
+def second_of(variant: Variant) -> Run:
+    assert variant.second is not None
+    return variant.second
+
+
+def test_losses_by_noise_level_are_one_plot(two: tuple[Path, Path], tmp_path: Path) -> None:
+    second = write_second(tmp_path / "measured", tmp_path / "one", measured=MEASURED)
+    run = second_of(read_variants([second])[0])
+    figures = curve_figures({"one": run})
+    assert [figure.title for figure in figures] == [
+        "Validation loss", "Quick FID (few samples: only within this page)", "Training loss",
+        "Validation loss by noise level, at the end", "Validation loss over steps by noise level",
+    ]  # fmt: skip
+    assert "one 0-0.2: 0.05, 0.2-1: 0.05, 1-5: 0.05, 5-inf: 0.05" in figures[3].alt
+
+
+def test_no_absolute_path_is_left() -> None:
+    rest = '</p> <img src="data:image/jpeg;base64,/9j/4AA/Q=="> 1/s a/b/c'
+    page = f'<p>of /home/jo/runs/kl/diffusion, see "/home/jo doe/x/y".{rest}'
+    assert hide_paths(page, [Path("/home/jo doe/x/y")]) == f'<p>of .../kl/diffusion, see ".../x/y".{rest}'
+    assert hide_paths("https://arxiv.org/abs/2405.14477 ../one/health.html") == (
+        "https://arxiv.org/abs/2405.14477 ../one/health.html"
+    )
+
+
+def test_large_pictures_are_reduced() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 1500, 3), dtype=np.uint8)
+    uri = embed(noise, widest=1000)
+    assert pixels({"src": uri}).shape == (200, 1000, 3)
+    assert uri.startswith("data:image/jpeg;base64,/9j/")
+    assert embed(noise[:40, :40]).startswith("data:image/png;base64,")
+    assert LARGEST_PNG == 250_000
 
 
 def test_tiles_come_apart_again() -> None:
@@ -268,7 +381,3 @@ def test_tiles_come_apart_again() -> None:
     assert grid.shape == (3 * 5 + 2 * 2, 3 * 5 + 2 * 2, 3)
     assert [int(cell[2, 2, 0]) for cell in untile(grid, 3, 7)] == list(range(7))
     assert all(cell.shape == (5, 5, 3) for cell in untile(grid, 3, 7))
-
-
-def test_flatten() -> None:
-    assert flatten({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}

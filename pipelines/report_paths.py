@@ -1,0 +1,32 @@
+"""Paths on a page that is meant to be passed on: it says which folder, and nothing about whose machine it is on."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+KEPT = 2
+"""Folders of an absolute path that stay: enough to tell ``kl/diffusion`` from ``bounded/diffusion``."""
+
+_PART = r"[^\s/'\"<>,;:()&|]+"
+# Pictures are skipped whole: base64 has slashes too. A path begins where no word, relative path or URL goes on.
+_PATH = re.compile(rf"data:image/[^\"]*|(?<![\w/.:~<-])/(?:{_PART}/)+{_PART}/?")
+
+
+def hide_paths(page: str, known: Iterable[Path] = ()) -> str:
+    """Return HTML in which only the last folders of absolute paths are left, as ``.../kl/diffusion``.
+
+    Args:
+        page: the HTML.
+        known: paths that may stand in it and could not be told from the text around them, such as ones with spaces.
+    """
+    for path in sorted({str(path) for path in known if path.is_absolute()}, key=len, reverse=True):
+        page = page.replace(html.escape(path), _short(html.escape(path)))
+    return _PATH.sub(lambda found: found[0] if found[0].startswith("data:") else _short(found[0]), page)
+
+
+def _short(path: str) -> str:
+    parts = path.strip("/").split("/")
+    return "/".join(["...", *parts[-KEPT:]])
