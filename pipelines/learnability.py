@@ -253,7 +253,7 @@ def _verdict(figures: dict[str, Figure], steps: int) -> Verdict:
     )
     level = "fault" if loss > LOSS_FAULT else "note" if loss > LOSS_NOTE else "ok"
     return Verdict(
-        level,  # type: ignore[arg-type]  # one of the three
+        level,
         "hard_to_learn",
         text,
         f"note: above {LOSS_NOTE:g}; fault: above {LOSS_FAULT:g}, little learnt beyond the variance of each channel",

@@ -18,6 +18,9 @@ SCALES = (Fraction(1, 2), Fraction(1), Fraction(3, 2))
 SAMPLING_NOTE, SAMPLING_FAULT = 1.0, 3.0
 PRECISION_NOTE, PRECISION_FAULT = 0.1, 1.0
 LARGER_NOTE, LARGER_FAULT = 0.0, 3.0
+INVISIBLE = 40.0
+"""PSNR in dB from which on a difference is taken for invisible: a verdict counts none above it."""
+CAP = f" (what is above {INVISIBLE:g} dB counts as that)"
 
 
 def reconstruction(autoencoder: Coder, data: LatentData, *, batch_size: int, lpips: Lpips | None) -> Section:
@@ -51,6 +54,11 @@ def reconstruction(autoencoder: Coder, data: LatentData, *, batch_size: int, lpi
     return Section("reconstruction", figures, verdicts, _plots(curve, data))
 
 
+def _loss(before: float, after: float) -> float:
+    """Return by how many dB ``after`` is worse, below `INVISIBLE`."""
+    return min(before, INVISIBLE) - min(after, INVISIBLE)
+
+
 def _round_trip(passes: Passes, images: Tensor) -> Tensor:
     return passes.decode(passes.encode(images))
 
@@ -77,10 +85,10 @@ def _sampling_verdict(psnr: float, sampled: float, data: LatentData, remark: str
     if data.std is None:
         text = f"The encoder is deterministic: there is nothing to draw; PSNR is {psnr:.2f} dB"
     return Verdict(
-        graded(psnr - sampled, SAMPLING_NOTE, SAMPLING_FAULT),
+        graded(_loss(psnr, sampled), SAMPLING_NOTE, SAMPLING_FAULT),
         "sampling_gap",
         f"{text} ({len(data.images)} images).{remark}",
-        f"note: a draw is more than {SAMPLING_NOTE:g} dB worse; fault: more than {SAMPLING_FAULT:g} dB",
+        f"note: a draw is more than {SAMPLING_NOTE:g} dB worse; fault: more than {SAMPLING_FAULT:g} dB{CAP}",
         "ours: at 3 dB the posterior's noise makes as much error as the autoencoder, and stage two learns the draws",
     )
 
@@ -88,10 +96,10 @@ def _sampling_verdict(psnr: float, sampled: float, data: LatentData, remark: str
 def _precision_verdict(precisions: dict[str, float], gaps: dict[str, float]) -> Verdict:
     measured = " and ".join(f"{precisions[name]:.2f} dB in {name}" for name in gaps)
     return Verdict(
-        graded(max(gaps.values()), PRECISION_NOTE, PRECISION_FAULT),
+        graded(_loss(precisions["no"], min(precisions[name] for name in gaps)), PRECISION_NOTE, PRECISION_FAULT),
         "bf16_gap",
         f"Encoding and decoding gives {precisions['no']:.2f} dB in float32, {measured}.",
-        f"note: more than {PRECISION_NOTE:g} dB worse in lower precision; fault: more than {PRECISION_FAULT:g} dB",
+        f"note: more than {PRECISION_NOTE:g} dB worse in lower precision; fault: more than {PRECISION_FAULT:g} dB{CAP}",
         "ours: a tenth of a dB is below what papers report, a whole one is what they report as progress",
     )
 
@@ -104,13 +112,13 @@ def _resolution_verdict(curve: list[float | None], data: LatentData) -> Verdict:
         if value is not None
     ]
     same, larger = curve[SCALES.index(Fraction(1))], curve[SCALES.index(Fraction(3, 2))]
-    gap = None if larger is None or same is None else same - larger
+    gap = None if larger is None or same is None else _loss(same, larger)
     return Verdict(
         graded(gap, LARGER_NOTE, LARGER_FAULT),
         "resolution_gap",
         f"PSNR by size of the same images: {', '.join(parts)}.",
         f"note: the images enlarged by a half come out more than {LARGER_NOTE:g} dB worse; fault: more than "
-        f"{LARGER_FAULT:g} dB; smaller ones, which hold more detail per pixel, are shown and not judged",
+        f"{LARGER_FAULT:g} dB{CAP}; smaller ones, which hold more detail per pixel, are shown and not judged",
         "ours: enlarged images hold nothing new, so an autoencoder that is not tied to its size finds them easier",
     )
 
