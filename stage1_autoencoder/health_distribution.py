@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.randomness import generator
 from .health import Figure, LatentData, Plot, Section, Verdict
-from .health_measures import every_nth, in_words, level_of, plain, positions, usable, whitened
+from .health_measures import channel_quantiles, every_nth, in_words, level_of, plain, positions, usable, whitened
 
 MAX_SITES = 2000  # the kernel matrix grows with its square
 WIDTHS = (0.5, 1.0, 2.0)
@@ -78,8 +78,9 @@ def sliced_wasserstein_to_standard_normal(samples: Tensor, directions: Tensor) -
 def site_vectors(latents: Tensor, most: int = MAX_SITES) -> Tensor:
     """Return the channels at random sites, ``[n, C]``: as many sites of every image, and different ones.
 
-    One site of each of ``most`` images where there are so many: sites of one image depend on each other.
+    Images are thinned to ``most`` first, and then give one site each: sites of one image depend on each other.
     """
+    latents = every_nth(latents, most)
     count, _, height, width = latents.shape
     total = min(most, count * height * width)
     order = torch.rand(count, height * width, generator=generator("health", "sites")).argsort(dim=1)
@@ -97,8 +98,8 @@ def gaussianity(data: LatentData) -> Section:
     kurtosis = _excess_kurtosis(latents)
     probabilities = (torch.arange(QQ_POINTS, dtype=torch.float64) + 0.5) / QQ_POINTS
     normal = torch.special.ndtri(probabilities)
-    quantiles = _channel_quantiles(latents, probabilities)
-    deviation = (quantiles - normal).abs().amax(dim=1)
+    quantiles, quantile_images = channel_quantiles(latents, probabilities, MAX_SORTED)
+    deviation = (quantiles - normal[:, None]).abs().amax(dim=0)
     figures: dict[str, Figure] = {
         "images": len(latents),
         "sites": len(sites),
@@ -111,11 +112,12 @@ def gaussianity(data: LatentData) -> Section:
         "sliced_wasserstein_null_mean": sum(null) / len(null),
         "sliced_wasserstein_null_max": max(null),
         "excess_kurtosis": plain(kurtosis),
+        "qq_images": quantile_images,
         "qq_largest_deviation": plain(deviation),
     }
     shown = sorted(int(c) for c in deviation.argsort(descending=True)[:MAX_PLOTTED])
     axis = [float(x) for x in normal]
-    series = {"normal": axis} | {f"channel {c}": [float(q) for q in quantiles[c]] for c in shown}
+    series = {"normal": axis} | {f"channel {c}": [float(q) for q in quantiles[:, c]] for c in shown}
     plot = Plot("Quantiles of whitened channels", series, x=axis, labels=("of N(0, 1)", "of the channel"))
     verdicts = [_tail_verdict(kurtosis), _distance_verdict(tests, distance, null)]
     return Section("gaussianity", figures, verdicts, [plot])
@@ -139,12 +141,6 @@ def _excess_kurtosis(latents: Tensor) -> Tensor:
     """Return that of every whitened channel, ``[C]``; NaN of a constant one."""
     fourth = torch.stack([channel.double().pow(4).mean() for channel in latents.unbind(dim=1)])
     return torch.where(fourth > 0, fourth - 3, math.nan)
-
-
-def _channel_quantiles(latents: Tensor, probabilities: Tensor) -> Tensor:
-    """Return ``[C, probabilities]``."""
-    values = every_nth(latents.transpose(0, 1).flatten(1).T, MAX_SORTED).T.double()
-    return torch.quantile(values, probabilities, dim=1).T
 
 
 def _tail_verdict(kurtosis: Tensor) -> Verdict:

@@ -55,6 +55,18 @@ def whitened(latents: Tensor) -> Tensor:
     return torch.where(std > 0, centred / std, 0.0)
 
 
+def channel_quantiles(latents: Tensor, probabilities: Tensor, most: int) -> tuple[Tensor, int]:
+    """Return quantiles ``[probabilities, C]`` and the number of images that they are of.
+
+    Images are thinned to at most ``most`` values of a channel (to one image, where that has more). Each quantile is the
+    order statistic next to the probability; none is interpolated.
+    """
+    images = every_nth(latents, max(1, most // latents[0, 0].numel()))
+    ordered = images.transpose(0, 1).flatten(1).sort(dim=1).values
+    ranks = (probabilities.double() * (ordered.shape[1] - 1)).round().long()
+    return ordered[:, ranks].T.double(), len(images)
+
+
 def image_variance(mean: Tensor) -> Tensor:
     """Return how much every value varies from image to image: ``[C, h, w]`` of the posterior's mean, population's."""
     return mean.double().var(dim=0, correction=0)

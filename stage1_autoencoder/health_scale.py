@@ -11,7 +11,7 @@ from ..common.latents import Posterior
 from .bottlenecks import LOGVAR_RANGE, SATURATED, kl_to_standard_normal
 from .health import Figure, LatentData, Plot, Section, Verdict
 from .health_measures import (
-    every_nth,
+    channel_quantiles,
     finite_images,
     image_variance,
     in_words,
@@ -55,7 +55,7 @@ def scale(data: LatentData) -> Section:
     data = usable(data)
     latents = data.drawn
     mean, std, skew, kurtosis = _moments(latents)
-    quantiles = _quantiles(latents)
+    quantiles, quantile_images = channel_quantiles(latents, torch.tensor(QUANTILES), MAX_SORTED)
     saturation = _saturation(latents, data.bound)
     half = torch.finfo(torch.float16)
     size = latents.abs()
@@ -70,6 +70,7 @@ def scale(data: LatentData) -> Section:
         "skew": plain(skew),
         "excess_kurtosis": plain(kurtosis),
         **{f"quantile_{q}": plain(row) for q, row in zip(QUANTILES, quantiles, strict=True)},
+        "quantile_images": quantile_images,
         "min": plain(latents.amin(dim=(0, 2, 3))),
         "max": plain(latents.amax(dim=(0, 2, 3))),
         "saturated_share": plain(saturation),
@@ -107,14 +108,6 @@ def _moments(latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return mean, std, skew, kurtosis
 
 
-def _quantiles(latents: Tensor) -> Tensor:
-    """Return ``[quantiles, C]``: the order statistics next to each probability, of at most MAX_SORTED values."""
-    values = every_nth(latents.transpose(0, 1).flatten(1).T, MAX_SORTED)
-    ordered = values.T.contiguous().sort(dim=1).values
-    ranks = (torch.tensor(QUANTILES, dtype=torch.float64) * (ordered.shape[1] - 1)).round().long()
-    return ordered[:, ranks].T
-
-
 def _saturation(latents: Tensor, bound: float | None) -> Tensor:
     """Return the share of values of each channel at its bounds, ``[C]``.
 
@@ -144,7 +137,7 @@ def _size_verdicts(std: Tensor, live: list[int]) -> list[Verdict]:
     of_live = std[live].clamp_min(torch.finfo(torch.float64).tiny)
     factor = torch.maximum(of_live, 1 / of_live)
     off = [channel for channel, value in zip(live, factor, strict=True) if value > UNIT_NOTE]
-    spread = f"the deviations of the channels lie between {of_live.min():.3g} and {of_live.max():.3g}"
+    spread = f"the deviations of the channels lie between {std[live].min():.3g} and {std[live].max():.3g}"
     ratio = float(of_live.max() / of_live.min())
     small, large = live[int(of_live.argmin())], live[int(of_live.argmax())]
     return [

@@ -19,9 +19,10 @@ from .health_measures import (
     usable,
     whitened,
 )
+from .moments import global_covariance
 
-# One of two channels with a correlation of 0.95 leaves 10 % of the other's variance unexplained. The largest of two
-# channels of our trained autoencoders is 0.86.
+# One of two channels with a correlation of 0.95 leaves 10 % of the other's variance unexplained. The largest between
+# two channels of the autoencoders that we trained is 0.86.
 DUPLICATE_NOTE, DUPLICATE_FAULT = 0.9, 0.95
 RANK_NOTE = 0.5
 LAGS = range(1, 9)
@@ -40,8 +41,7 @@ def correlation(data: LatentData) -> Section:
     The covariance of the channels is over images and sites. A channel is dead by its variance from image to image.
     """
     data = usable(data)
-    channels = data.mean.transpose(0, 1).flatten(1).double()
-    covariance = torch.cov(channels, correction=0).reshape(len(channels), len(channels))
+    covariance = global_covariance(data.mean, across_processes=False)[1].double()
     live, dead = live_channels(data.mean), dead_channels(data.mean)
     matrix = _correlation_of(covariance)
     eigenvalues = torch.linalg.eigvalsh(covariance).clamp_min(0).flip(0)
@@ -122,7 +122,7 @@ def spatial_autocorrelation(latents: Tensor) -> Tensor:
 
 def _correlation_of(covariance: Tensor) -> Tensor:
     """Return the correlation matrix; a constant channel is correlated with itself only."""
-    std = covariance.diagonal().sqrt()
+    std = covariance.diagonal().clamp_min(0).sqrt()  # rounding can leave a constant channel below 0
     matrix = torch.where(torch.outer(std, std) > 0, covariance / torch.outer(std, std), 0.0)
     return matrix.fill_diagonal_(1.0).clamp(-1, 1)
 
@@ -136,8 +136,8 @@ def _dead_verdict(dead: list[int], variance: Tensor) -> Verdict:
     return Verdict(
         "fault" if dead else "ok",
         "dead_channel",
-        f"Dead: {in_words(dead)} hardly vary from image to image; the least has {least:.2g} of an equal share of the "
-        "variance"
+        f"Hardly any variation from image to image in {in_words(dead)}: the least is {least:.2g} of an equal share of "
+        "the variance"
         if dead
         else f"No dead channel: channel {int(variance.argmin())} varies least, with {least:.2g} of an equal share of "
         "the variance",
@@ -153,7 +153,7 @@ def _duplicate_verdict(pairs: list[tuple[int, int]], matrix: Tensor, live: list[
     return Verdict(
         "fault" if largest > DUPLICATE_FAULT else "note" if pairs else "ok",
         "duplicate_channel",
-        f"Nearly the same in {len(pairs)} pairs of channels: {listed}"
+        f"Nearly the same: channels {listed}" + (f" ({len(pairs)} pairs in all)" if len(pairs) > 12 else "")
         if pairs
         else f"No channel repeats another: the largest correlation of two is {largest:.3f} in size",
         f"a correlation above {DUPLICATE_NOTE:g} in size is a note, above {DUPLICATE_FAULT:g} a fault",

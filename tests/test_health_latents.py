@@ -17,6 +17,7 @@ from wavelatent.stage1_autoencoder.health_distribution import (
     sliced_wasserstein_to_standard_normal,
 )
 from wavelatent.stage1_autoencoder.health_latents import LATENT_SECTIONS
+from wavelatent.stage1_autoencoder.health_measures import channel_quantiles
 from wavelatent.stage1_autoencoder.health_spectrum import dct_power, high_frequency_share, spectral_slope
 from wavelatent.stage1_autoencoder.health_structure import (
     effective_rank,
@@ -126,6 +127,12 @@ class TestScale:
             assert figures[f"quantile_{probability}"][2] == pytest.approx(probability, abs=1 / count)
         assert figures["min"] == pytest.approx([-1, 100, 0])
         assert figures["max"] == pytest.approx([1, 101, 1])
+
+    def test_quantiles_of_many_images_are_those_of_evenly_thinned_ones(self):
+        latents = torch.arange(7.0)[:, None, None, None] + torch.zeros(7, 2, 3, 5)
+        quantiles, images = channel_quantiles(latents, torch.tensor([0.0, 0.3, 1.0]), most=60)
+        assert images == 4
+        assert quantiles.tolist() == [[0, 0], [2, 2], [6, 6]]
 
     def test_of_an_outsized_and_of_a_small_channel(self):
         latents = healthy().mean
@@ -237,6 +244,8 @@ class TestGaussianity:
         assert len(sites[:, 0].unique()) == 18
         per_image = torch.bincount((sites[:, 0] // 15).long())
         assert per_image.tolist() == [5, 5, 4, 4]
+        thinned = site_vectors(latents, most=2)
+        assert (thinned[:, 0] // 15).long().tolist() == [0, 2]
 
     def test_white_gaussian_latents_are_close_to_gaussian(self):
         section = measure("gaussianity", of_latents(2 * noise(N, C, H, W) + 5))
@@ -290,7 +299,7 @@ class TestCorrelation:
         section = measure("correlation", of_latents(latents))
         assert section.figures["dead_channels"] == [2]
         assert set(faults(section)) == {"dead_channel"}
-        assert "channel 2 " in faults(section)["dead_channel"]
+        assert "channel 2:" in faults(section)["dead_channel"]
 
     def test_a_duplicate_is_found_at_another_scale_and_sign(self):
         latents = healthy().mean
