@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .health import Figure, LatentData, Plot, Section, Verdict
 from .health_passes import (
+    REFUSALS,
     Coder,
     Lpips,
     Passes,
@@ -67,7 +68,8 @@ def equivariance(autoencoder: Coder, data: LatentData, *, batch_size: int, lpips
     Scale is a half, by bicubic interpolation with antialiasing and by area, of image and latent alike; it is left out
     where the halves do not divide by the downsampling. A shift is along the width, between two crops of the same image,
     so that no border moves in; the latent is shifted by the same distance, bilinearly where it is no whole number of
-    sites, and one site at each side, where the crop's border has its influence, is not compared.
+    sites, and one site at each side, where the crop's border has its influence, is not compared. Transforms that the
+    images are too small for, or whose shape the autoencoder refuses, have no figures.
 
     ``lpips`` is not used.
     """
@@ -96,8 +98,17 @@ def _pairs(passes: Passes, data: LatentData) -> Iterator[Pair]:
     latents = passes.encode(images)  # not data.mean: that may have been encoded in another precision
     for name, transform in _turns_and_scales(images.shape[-2:], factor).items():
         turned = transform(images)
-        yield Pair(name, passes.encode(turned), transform(latents), turned)
+        if (encoded := _encoded(passes, turned)) is not None:
+            yield Pair(name, encoded, transform(latents), turned)
     yield from _shifts(passes, images, factor)
+
+
+def _encoded(passes: Passes, images: Tensor) -> Tensor | None:
+    """Return the latents of images of another shape than the data's; None where the autoencoder refuses them."""
+    try:
+        return passes.encode(images)
+    except REFUSALS:
+        return None
 
 
 def _turns_and_scales(size: torch.Size, factor: int) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -118,9 +129,8 @@ def _shifts(passes: Passes, images: Tensor, factor: int) -> Iterator[Pair]:
     shifts = sorted({*SHIFTS, factor})
     width = (images.shape[-1] - shifts[-1]) // factor * factor
     sites = width // factor
-    if sites - shifts[-1] // factor < 2:
+    if sites - shifts[-1] // factor < 2 or (first := _encoded(passes, images[..., :width])) is None:
         return
-    first = passes.encode(images[..., :width])
     margin = 1 if sites - shifts[-1] // factor >= 5 else 0
     for shift in shifts:
         crop = images[..., shift : shift + width]

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..common.errors import WavelatentError
 from ..common.image_metrics import psnr
 from ..common.images import to_uint8
 from ..common.latents import LatentStatistics, Posterior, Whitening
@@ -33,6 +34,10 @@ class Coder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Return images from raw latents ``[B, C, h, w]``."""
         ...
+
+
+REFUSALS = (WavelatentError, ValueError, RuntimeError)
+"""What an autoencoder raises that cannot take images of another size or shape than those it was given."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .health import Figure, LatentData, Plot, Section, Verdict
-from .health_passes import LPIPS_MISSING, Coder, Lpips, Passes, factor_of, graded, mean_lpips, mean_psnr, subset
+from .health_passes import (
+    LPIPS_MISSING,
+    REFUSALS,
+    Coder,
+    Lpips,
+    Passes,
+    factor_of,
+    graded,
+    mean_lpips,
+    mean_psnr,
+    subset,
+)
 
 IMAGES = 16
 """Images measured."""
@@ -28,7 +39,8 @@ def reconstruction(autoencoder: Coder, data: LatentData, *, batch_size: int, lpi
 
     All are against the images, in dB; gaps are how much lower the second figure is. ``bf16`` is autocast over encoder
     and decoder. The curve is of the images resized by bicubic interpolation with antialiasing to 1/2, 1 and 3/2 of
-    their size, each against itself; a size that does not divide by the downsampling has none.
+    their size, each against itself; a size that does not divide by the downsampling, or that the autoencoder refuses,
+    has none.
     """
     data, passes = subset(data, IMAGES), Passes(autoencoder, batch_size)
     mode, drawn = passes.decode(data.mean), passes.decode(data.drawn)
@@ -69,15 +81,19 @@ def _curve(passes: Passes, data: LatentData) -> list[float | None]:
     curve: list[float | None] = []
     for scale in SCALES:
         size = [side * scale for side in data.images.shape[-2:]]
-        if any(side % factor for side in size):
-            curve.append(None)
-            continue
-        images = data.images
-        if scale != 1:
-            shape = [int(side) for side in size]
-            images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(-1, 1)
-        curve.append(mean_psnr(_round_trip(passes, images), images))
+        divides = all(side % factor == 0 for side in size)
+        curve.append(_resized_psnr(passes, data.images, [int(side) for side in size]) if divides else None)
     return curve
+
+
+def _resized_psnr(passes: Passes, images: Tensor, size: list[int]) -> float | None:
+    """Return the PSNR of images resized to ``size``, against themselves; None where the autoencoder refuses them."""
+    if list(images.shape[-2:]) != size:
+        images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
+    try:
+        return mean_psnr(_round_trip(passes, images), images)
+    except REFUSALS:
+        return None
 
 
 def _sampling_verdict(psnr: float, sampled: float, data: LatentData, remark: str) -> Verdict:

@@ -53,7 +53,7 @@ class Redundant(Blocks):
 class GlobalSite(Blocks):
     """One site is added to every pixel."""
 
-    row, column = 4, 1
+    row, column = 2, 1
 
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents + latents[:, :, self.row, self.column, None, None])
@@ -234,7 +234,7 @@ def test_a_global_site_is_named():
     assert levels(section) == {"global_site": "fault"}
     assert section.figures["global_rows"] == [GlobalSite.row]
     assert section.figures["global_columns"] == [GlobalSite.column]
-    assert "1 site moves the whole picture: (row 4, column 1)" in section.verdicts[0].text
+    assert "1 site moves the whole picture: (row 2, column 1)" in section.verdicts[0].text
     shares = torch.tensor(section.plots[0].series["share"])
     assert divmod(int(shares.argmax()), shares.shape[1]) == (GlobalSite.row, GlobalSite.column)
 
@@ -302,6 +302,22 @@ def test_a_size_that_does_not_divide_is_left_out():
     section = measure("reconstruction", Blocks(), encoded(Blocks(), images))
     assert section.figures["psnr_by_scale"] == [None, 100, None]
     assert levels(section)["resolution_gap"] == "ok"
+
+
+class OneSize(Blocks):
+    """Takes images of one shape and no other."""
+
+    def encode(self, images: Tensor) -> Posterior:
+        if images.shape[-2:] != (H, W):
+            raise ValueError(f"images must be {H}x{W}")
+        return super().encode(images)
+
+
+def test_an_autoencoder_of_one_size_is_measured_on_what_keeps_it():
+    data = encoded(OneSize(), blocky())
+    figures = measure("equivariance", OneSize(), data).figures
+    assert {name.rpartition("_latent")[0] for name in figures if "latent" in name} == {"flip", "turn_180"}
+    assert measure("reconstruction", OneSize(), data).figures["psnr_by_scale"] == [None, 100, None]
 
 
 def test_images_of_one_colour_have_no_relative_errors():
