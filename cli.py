@@ -385,6 +385,34 @@ def generation(as_json: bool, **arguments: Any) -> None:
     _emit_metrics(evaluate_generation(options=options, **_given(arguments)).to_dict(), as_json)
 
 
+@cli.command()
+@AE
+@DATA
+@OUT
+@SIZE
+@BAD
+@click.option("--num-images", type=click.IntRange(min=1), default=None, help="How many images; 2,000 by default.")
+@click.option("--skip", multiple=True, metavar="SECTION", help="Leave this section out; may be given again.")
+@click.option("--only", multiple=True, metavar="SECTION", help="Compute this section only; may be given again.")
+@OVERWRITE
+@BATCH
+@SEED
+@DEVICE
+@JSON
+def diagnose(as_json: bool, **arguments: Any) -> None:
+    """Write the latent health report: are these latents fit for diffusion?
+
+    The sections are scale, posterior, gaussianity, correlation, spectrum, equivariance, robustness, locality, geometry,
+    reconstruction and learnability. The last trains a small denoiser and takes minutes; --skip learnability leaves it
+    out.
+    """
+    from wavelatent.pipelines.diagnose import diagnose as run
+    from wavelatent.pipelines.diagnose import summary_lines
+
+    result = run(**_given(arguments))
+    _emit(result, as_json, "\n".join(summary_lines(result)))
+
+
 def _shard(text: str) -> tuple[int, int]:
     """Parse ``i/n``."""
     try:
