@@ -108,7 +108,8 @@ class FrechetReference:
         covariance = statistics.covariance
         values, vectors = torch.linalg.eigh(covariance)
         kept = values > _noise(values)
-        self._factor = vectors[:, kept] * values[kept].sqrt()  # [dim, rank]
+        kept[-1] = True  # of images that are all alike one column of zeros is left
+        self._factor = vectors[:, kept] * _root_of(values)[kept]  # [dim, rank]
         self._trace = covariance.trace()
 
     def distance(self, samples: FeatureStatistics | Tensor) -> float:
@@ -133,15 +134,16 @@ class FrechetReference:
         """Return how much each image of samples ``[N, dim]`` pulls at the distance, ``[N]`` float64 of mean 0.
 
         The derivative of the distance in the direction of one image (its influence function, Hampel 1974):
-        ``2 (x - m2).(m2 - m1) + (x - m2)^T (I - F (F^T S2 F)^(-1/2) F^T) (x - m2)``, less its mean. The distance of
-        another draw of N images from the same source differs, to first order, by the mean of their influences.
+        ``2 (x - m2).(m2 - m1) + N/(N-1) (x - m2)^T (I - F (F^T S2 F)^(-1/2) F^T) (x - m2)``, less its mean. The
+        distance of another draw of N images from the same source differs, to first order, by their mean influence.
         """
-        if len(samples) < samples.shape[1]:
+        count = len(samples)
+        if count < samples.shape[1]:
             mean, centred = _centred(samples)
             projected = centred @ self._factor
             values, vectors = torch.linalg.eigh(projected @ projected.T)
-            quadratic = (centred.square().sum(dim=1) - vectors.square() @ _root_of(values)) * (len(samples) - 1)
-            influence = quadratic + 2 * (len(samples) - 1) ** 0.5 * centred @ (mean - self.mean)
+            quadratic = centred.square().sum(dim=1) - vectors.square() @ _root_of(values)
+            influence = count * quadratic + 2 * (count - 1) ** 0.5 * centred @ (mean - self.mean)
             return influence - influence.mean()
         statistics = FeatureStatistics.of(samples)
         mean, towards = statistics.mean, 2 * (statistics.mean - self.mean)
@@ -151,7 +153,8 @@ class FrechetReference:
         blocks = []
         for block in samples.split(_BLOCK):
             centred = block.double() - mean
-            blocks.append(centred @ towards + centred.square().sum(dim=1) - (centred @ basis).square().sum(dim=1))
+            quadratic = centred.square().sum(dim=1) - (centred @ basis).square().sum(dim=1)
+            blocks.append(centred @ towards + count / (count - 1) * quadratic)
         influence = torch.cat(blocks)
         return influence - influence.mean()
 

@@ -61,7 +61,6 @@ def figures_of_parts(samples: Tensor, reference: Tensor, present: Tensor) -> Ten
         )
     around, _ = _nearest(reference, DENSITY_NEIGHBOURS)
     radii = _radii_within(present, *_nearest(samples, _CANDIDATES if not present.all() else MANIFOLD_NEIGHBOURS))
-    members = present.T.float()
     hit = torch.zeros(len(samples), dtype=torch.bool)
     balls = torch.zeros(len(samples), dtype=torch.float64)
     recalled = torch.zeros(len(present), dtype=torch.float64)
@@ -72,14 +71,14 @@ def figures_of_parts(samples: Tensor, reference: Tensor, present: Tensor) -> Ten
         hit |= (distances <= around[rows, MANIFOLD_NEIGHBOURS - 1, None]).any(dim=0)
         inside = distances < around[rows, DENSITY_NEIGHBOURS - 1, None]
         balls += inside.sum(dim=0)
-        covered += (inside.float() @ members > 0).sum(dim=0)
+        covered += (inside.float() @ present.T.float() > 0).sum(dim=0)
         recalled += torch.stack([(distances <= reach).any(dim=1).sum() for reach in radii])
-    weights = present.double() / present.sum(dim=1, keepdim=True)
+    members, sizes = present.double(), present.sum(dim=1)
     return torch.stack(
         [
-            weights @ hit.double(),
+            members @ hit.double() / sizes,
             recalled / len(reference),
-            weights @ balls / DENSITY_NEIGHBOURS,
+            members @ balls / (DENSITY_NEIGHBOURS * sizes),
             covered / len(reference),
         ],
         dim=1,

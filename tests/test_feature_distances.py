@@ -5,6 +5,7 @@ import torch
 from wavelatent.common.errors import WavelatentError
 from wavelatent.common.feature_distances import (
     FeatureStatistics,
+    FrechetReference,
     frechet_distance,
     kernel_distance,
     precision_recall,
@@ -68,6 +69,49 @@ def test_fewer_images_than_features_leave_no_rounding_noise():
     ours = frechet_distance(FeatureStatistics.of(first), FeatureStatistics.of(second))
     assert ours == pytest.approx(expected.item(), rel=1e-10)
     assert abs(frechet_distance(FeatureStatistics.of(first), FeatureStatistics.of(first))) < 1e-9
+
+
+@pytest.mark.parametrize("count", [40, 20, 6])
+@pytest.mark.parametrize("reference_count", [50, 9])
+def test_a_prepared_reference_gives_the_same_distance_from_statistics_and_from_features(count, reference_count):
+    samples, others = _normal(count, 20, seed=6, shift=0.2), _normal(reference_count, 20, seed=7, scale=1.1)
+    reference = FrechetReference(FeatureStatistics.of(others))
+    expected = frechet_distance(FeatureStatistics.of(samples), FeatureStatistics.of(others))
+    assert reference.distance(FeatureStatistics.of(samples)) == pytest.approx(expected, rel=1e-10)
+    assert reference.distance(samples) == pytest.approx(expected, rel=1e-10)
+
+
+def test_images_that_are_all_alike_are_a_point():
+    point, samples = torch.ones(7, 5), _normal(9, 5, seed=8)
+    statistics = FeatureStatistics.of(samples)
+    expected = (statistics.mean - 1).square().sum() + statistics.covariance.trace()
+    for distance in (
+        FrechetReference(FeatureStatistics.of(point)).distance(samples),
+        FrechetReference(statistics).distance(point),
+        FrechetReference(statistics).distance(point[:3]),
+    ):
+        assert distance == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("count", [30, 12])
+def test_an_images_influence_is_the_derivative_of_the_distance_by_its_weight(count):
+    """Of more images than features, and of fewer."""
+    samples, others = _normal(count, 20, seed=9, shift=0.3).double(), _normal(60, 20, seed=10)
+    reference = FrechetReference(FeatureStatistics.of(others))
+
+    def distance(weights: torch.Tensor) -> float:
+        statistics = FeatureStatistics(20)
+        statistics.count, statistics.total = count, weights @ samples
+        statistics.outer = samples.T @ (weights[:, None] * samples)
+        return reference.distance(statistics)
+
+    expected, step = [], 1e-4
+    for image in torch.eye(count, dtype=torch.float64):
+        towards = count * image - 1
+        expected.append((distance(1 + step * towards) - distance(1 - step * towards)) / (2 * step))
+    influence = reference.influence(samples)
+    assert influence.mean() == pytest.approx(0, abs=1e-9)
+    torch.testing.assert_close(influence, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4)
 
 
 def test_one_image_has_no_covariance():

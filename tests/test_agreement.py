@@ -1,0 +1,85 @@
+"""Our figures are those of torch-fidelity and of pytorch-fid on the same features."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from wavelatent.common.feature_distances import FeatureStatistics, FrechetReference, frechet_distance, kernel_distance
+from wavelatent.common.manifolds import manifold_figures
+from wavelatent.common.torchvision_import import ensure_torchvision
+
+DIM = 64
+
+
+def like_inception(count: int, seed: int, shift: float = 0.0) -> Tensor:
+    """Features ``[count, DIM]`` that are positive, correlated and of uneven spread, as Inception's are."""
+    mixing = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(0)) / torch.arange(1, DIM + 1).sqrt()
+    noise = torch.randn(count, DIM, generator=torch.Generator().manual_seed(seed))
+    return 0.1 * torch.nn.functional.softplus(noise @ mixing + shift)
+
+
+SAMPLES, REFERENCE = like_inception(170, seed=1, shift=0.3), like_inception(210, seed=2)
+
+
+def ours() -> float:
+    return frechet_distance(FeatureStatistics.of(SAMPLES), FeatureStatistics.of(REFERENCE))
+
+
+@pytest.mark.parametrize("count", [170, 20])
+def test_fid_is_torch_fidelitys(count):
+    """Also with fewer images than features."""
+    ensure_torchvision()
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    samples = SAMPLES[:count]
+    both = (fid_features_to_statistics(features.double()) for features in (samples, REFERENCE))
+    theirs = fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
+    statistics, reference = FeatureStatistics.of(samples), FeatureStatistics.of(REFERENCE)
+    assert frechet_distance(statistics, reference) == pytest.approx(theirs, rel=1e-6)
+    assert FrechetReference(reference).distance(samples) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_fid_is_pytorch_fids():
+    """Its statistics are numpy's mean and covariance, its root of the product scipy's Schur method."""
+    ensure_torchvision()
+    fid_score = pytest.importorskip("pytorch_fid.fid_score")
+    moments = [
+        moment
+        for features in (SAMPLES.double().numpy(), REFERENCE.double().numpy())
+        for moment in (features.mean(axis=0), np.cov(features, rowvar=False))
+    ]
+    assert ours() == pytest.approx(float(fid_score.calculate_frechet_distance(*moments)), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [None, 100])
+def test_kid_is_torch_fidelitys(size):
+    """With its own random subsets: the seeds are the same."""
+    ensure_torchvision()
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    figure = kernel_distance(SAMPLES, REFERENCE, subset_size=size)
+    theirs = kid_features_to_metric(SAMPLES, REFERENCE, kid_subset_size=figure.subset_size, verbose=False)
+    assert figure.subsets == 100
+    assert figure.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    assert figure.std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 1.0])
+def test_precision_and_recall_are_torch_fidelitys(shift):
+    ensure_torchvision()
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    samples = like_inception(170, seed=1, shift=shift)
+    theirs = prc_features_to_metric(samples, REFERENCE, prc_neighborhood=3, verbose=False)
+    figures = manifold_figures(samples, REFERENCE)
+    assert figures.precision == pytest.approx(theirs["precision"], abs=1e-6)
+    assert figures.recall == pytest.approx(theirs["recall"], abs=1e-6)
+    assert 0 < figures.precision < 1
+
+
+def test_all_figures_repeat_to_the_last_bit():
+    def figures() -> tuple[object, ...]:
+        return ours(), kernel_distance(SAMPLES, REFERENCE), manifold_figures(SAMPLES, REFERENCE)
+
+    assert figures() == figures()

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from wavelatent.common.feature_distances import FeatureStatistics
+from wavelatent.common.feature_store import FeatureStore
+
+ROWS = torch.randn(11, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_rows_come_back_in_the_order_of_their_index_and_once():
+    with FeatureStore(3) as store:
+        store.append(ROWS[[4, 0]], [4, 0])
+        store.append(ROWS[[2, 2, 4]], torch.tensor([2, 2, 4]))
+        assert store.indices == [0, 2, 4]
+        assert torch.equal(store.features, ROWS[[0, 2, 4]])
+        store.append(ROWS[[1]], [1])
+        assert len(store) == 4
+        assert torch.equal(store.features, ROWS[[0, 1, 2, 4]])
+
+
+def test_of_a_known_index_the_first_row_stays():
+    with FeatureStore(3) as store:
+        store.append(ROWS[:2], [7, 7])
+        store.append(ROWS[2:3], [7])
+        assert torch.equal(store.features, ROWS[:1])
+
+
+def test_statistics_are_those_of_the_distinct_rows():
+    with FeatureStore(3) as store:
+        for index in (5, 1, 1, 0, 5, 9):
+            store.append(ROWS[[index]], [index])
+        expected = FeatureStatistics.of(ROWS[[0, 1, 5, 9]])
+        assert store.statistics.count == 4
+        torch.testing.assert_close(store.statistics.covariance, expected.covariance)
+
+
+def test_shares_of_two_processes_make_the_whole():
+    with FeatureStore(3) as first, FeatureStore(3) as second:
+        first.append(ROWS[::2], range(0, 11, 2))
+        second.append(ROWS[1::2], range(1, 11, 2))
+        second.append(ROWS[:1], [0])  # padding
+        first.extend(second)
+        assert torch.equal(first.features, ROWS)
+        assert first.statistics.count == 11
+
+
+def test_rows_outlive_the_store_and_later_ones():
+    store = FeatureStore(3)
+    store.append(ROWS, range(11))
+    features = store.features
+    store.append(ROWS[:1], [11])
+    store.close()
+    del store
+    assert torch.equal(features, ROWS)
+
+
+@pytest.mark.parametrize("order", [range(11), range(10, -1, -1)])
+def test_a_file_at_a_path_stays_and_holds_the_ordered_rows(tmp_path, order):
+    with FeatureStore(3, tmp_path / "features.f32") as store:
+        store.append(ROWS[list(order)], order)
+        assert torch.equal(store.features, ROWS)
+    assert [path.name for path in tmp_path.iterdir()] == ["features.f32"]
+    assert (tmp_path / "features.f32").read_bytes() == ROWS.numpy().astype("<f4").tobytes()
+
+
+def test_without_a_path_no_file_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    store = FeatureStore(3)
+    store.append(ROWS, range(10, -1, -1))
+    assert torch.equal(store.features, ROWS.flip(0))
+    store.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_store_has_no_rows():
+    with FeatureStore(3) as store:
+        store.append(torch.empty(0, 3), [])
+        assert store.features.shape == (0, 3)
+        assert store.indices == []
