@@ -199,12 +199,15 @@ class TestPosterior:
         assert set(found) == {"posterior_collapse"}
         assert "channel 3:" in found["posterior_collapse"]
 
-    def test_one_site_at_the_clamp_of_most_images(self):
-        std = torch.full((N, C, H, W), 0.1)
-        std[: N // 2 + 1, 1, 4, 7] = math.exp(-15)
-        section = measure("posterior", of_latents(healthy().mean, std))
-        assert section.figures["clamped_share_worst_site"] == pytest.approx(31 / 60)
-        assert "Channel 1:" in faults(section)["logvar_clamp"]
+    @pytest.mark.parametrize(("images", "level"), [(0, "ok"), (4, "note"), (5, "fault")])
+    def test_one_site_of_many_at_the_clamp_is_a_fault_where_most_images_have_it(self, images: int, level: str):
+        std = torch.full((8, 3, 20, 30), 0.1)
+        std[:images, 1, 4, 7] = math.exp(-15)
+        section = measure("posterior", of_latents(noise(8, 3, 20, 30), std))
+        verdict = next(verdict for verdict in section.verdicts if verdict.name == "logvar_clamp")
+        assert verdict.level == level
+        assert verdict.text.startswith("Channel 1:") == (images > 0)
+        assert section.figures["clamped_share_worst_site"] == images / 8
 
 
 class TestGaussianity:
