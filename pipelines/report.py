@@ -13,7 +13,7 @@ from .report_figures import Figure, curve_figures, interval_figures
 from .report_health import LEVELS, Health, health_link, health_of, health_record, health_rows
 from .report_latents import Latents, latent_record, latents_of
 from .report_metrics import Cell, evaluation_notes, footnotes, metric_rows, metric_tables, protocol_table, summary
-from .report_paths import hide_paths
+from .report_paths import shorten
 from .report_pictures import data_uri
 from .report_reconstructions import reconstruction_strips, worst_strips
 from .report_runs import Run, Variant, read_variants
@@ -99,7 +99,7 @@ def report(
     )
     record = _record(title, lines, variants, rows, latents, health)
     write_atomically(out / "report.json", json.dumps(record, indent=2) + "\n")
-    write_atomically(out / "index.html", hide_paths(page, _known_paths(variants, out, data)))
+    write_atomically(out / "index.html", shorten(page, _known_paths(variants, out, data)))
     return out / "index.html"
 
 

@@ -131,8 +131,9 @@ def _ending_by_sigma(loss: str, title: str, ranges: Sequence[str], runs: Mapping
                 ends.append(f"{variant} {losses}")
         canvas.axes.set_xticks(range(len(ranges)), ranges)
         canvas.axes.set_xlabel("noise level sigma", fontsize=8)
+        canvas.axes.set_ymargin(0.1 + 0.1 * len(ends))  # room for the legend
         canvas.axes.set_title(title, fontsize=10)
-        canvas.axes.legend(fontsize=8, frameon=False)
+        canvas.axes.legend(fontsize=8, frameon=False, loc="upper right")
         png = canvas.png()
     return Figure(title, f"{title}: {'; '.join(ends)}.", png)
 
@@ -142,13 +143,13 @@ def interval_figures(names: Sequence[str], rows: Sequence[Mapping[str, Cell]]) -
 
     A figure that is not comparable with the first is grey, and its label says so.
     """
-    keys = dict.fromkeys(key for row in rows for key, cell in row.items() if cell.interval)
+    keys = [key for key in METRICS_BY_KEY if any(key in row and row[key].interval for row in rows)]
     return [_intervals(key, names, [row[key] for row in rows]) for key in keys]
 
 
 def _intervals(key: str, names: Sequence[str], cells: Sequence[Cell]) -> Figure:
     metric = METRICS_BY_KEY[key]
-    title = f"{metric.title} with its interval ({metric.better} is better)"
+    title = f"{metric.title} and its interval"
     labels: list[str] = []
     texts: list[str] = []
     with Canvas() as canvas:
@@ -165,9 +166,10 @@ def _intervals(key: str, names: Sequence[str], cells: Sequence[Cell]) -> Figure:
         canvas.axes.set_yticks(range(len(labels)), labels)
         canvas.axes.set_ylim(len(labels) - 0.5, -0.5)  # the first on top, as in the table
         canvas.axes.grid(alpha=0.25, axis="x", linewidth=0.5)
-        canvas.axes.set_title(title, fontsize=10)
+        canvas.axes.set_xlabel(f"{metric.better} is better", fontsize=8)
+        canvas.figure.suptitle(title, fontsize=10)
         png = canvas.png()
-    return Figure(title, f"{title}: {'; '.join(texts)}.", png)
+    return Figure(title, f"{title} ({metric.better} is better): {'; '.join(texts)}.", png)
 
 
 class Canvas:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..common.evaluation import SMALL_SAMPLE
 from .comparison import NOT_COMPARABLE, flatten, plain, protocol_differences
 from .report_runs import EVALUATIONS, Run, Variant
 
-SMALL_SAMPLE = 10_000
+_ELSEWHERE = re.compile(r"notes$|\w+_extrapolated\.")
+"""Fields of a protocol that say something about one figure, not how it was defined."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,13 @@ class Metric:
     stage: int
     digits: int
     optional: bool = False
+    saved_as: str = ""
+    """Its name in ``metrics.json``, where that is not its key here."""
+
+    @property
+    def name(self) -> str:
+        """Its name in ``metrics.json``."""
+        return self.saved_as or self.key
 
 
 METRICS = [
@@ -29,6 +39,7 @@ METRICS = [
     Metric("ssim", "SSIM", "higher", 1, 3),
     Metric("lpips", "LPIPS", "lower", 1, 3),
     Metric("rfid", "rFID", "lower", 1, 2),
+    Metric("rfd_dinov2", "FD-DINOv2", "lower", 1, 1, optional=True, saved_as="fd_dinov2"),
     Metric("fid", "FID", "lower", 2, 2),
     Metric("kid_mean", "KID", "lower", 2, 4),
     Metric("precision", "Precision", "higher", 2, 3),
@@ -87,7 +98,7 @@ def metric_rows(variants: Sequence[Variant]) -> list[dict[str, Cell]]:
                 continue
             protocol = protocol_of(variant.stage(metric.stage))
             name, first = base.setdefault(metric.key, (variant.name, protocol))
-            differing = protocol_differences(first, protocol, metric.key)
+            differing = protocol_differences(first, protocol, metric.name)
             row[metric.key] = Cell(
                 cell.text, cell.value, cell.interval, cell.extrapolated, differing=tuple(differing), base=name
             )
@@ -115,15 +126,15 @@ def _cell(variant: Variant, metric: Metric) -> Cell:
         reason = f"no {EVALUATIONS[run.stage]}/metrics.json; run: wavelatent evaluate {command} {run.path} --data DATA"
         return Cell("not computed", not_computed=reason)
     metrics = run.evaluation.get("metrics", {})
-    value = metrics.get(metric.key)
+    value = metrics.get(metric.name)
     if not isinstance(value, int | float):
-        reason = run.evaluation.get("not_computed", {}).get(metric.key, "not among the metrics that were saved")
+        reason = run.evaluation.get("not_computed", {}).get(metric.name, "not among the metrics that were saved")
         return Cell("not computed", not_computed=reason)
     text = f"{value:.{metric.digits}f}"
     spread = metrics.get("kid_std") if metric.key == "kid_mean" else None
     if isinstance(spread, int | float):
         text += f" ± {spread:.{metric.digits}f}"
-    return Cell(text, float(value), _interval(metrics, metric.key), _extrapolated(run.evaluation, metric.key))
+    return Cell(text, float(value), _interval(metrics, metric.name), _extrapolated(metrics, metric.name))
 
 
 def _interval(metrics: Mapping[str, Any], key: str) -> tuple[float, float] | None:
@@ -133,8 +144,8 @@ def _interval(metrics: Mapping[str, Any], key: str) -> tuple[float, float] | Non
     return None
 
 
-def _extrapolated(evaluation: Mapping[str, Any], key: str) -> float | None:
-    value = evaluation.get("metrics", {}).get(f"{key}_extrapolated")
+def _extrapolated(metrics: Mapping[str, Any], key: str) -> float | None:
+    value = metrics.get(f"{key}_extrapolated")
     return float(value) if isinstance(value, int | float) else None
 
 
@@ -173,7 +184,7 @@ def evaluation_notes(variants: Sequence[Variant]) -> list[str]:
 def protocol_table(variants: Sequence[Variant], stage: int) -> list[tuple[str, list[str]]]:
     """Return the protocol's fields and every variant's value; one value where all agree."""
     protocols = [flatten(protocol_of(variant.stage(stage))) for variant in variants]
-    names = dict.fromkeys(name for protocol in protocols for name in protocol if name != "notes")
+    names = dict.fromkeys(name for protocol in protocols for name in protocol if not _ELSEWHERE.match(name))
     rows = []
     for name in names:
         values = [plain(protocol[name]) if name in protocol else "-" for protocol in protocols]
@@ -190,7 +201,7 @@ def summary(variants: Sequence[Variant], rows: Sequence[Mapping[str, Cell]]) -> 
     lines += _sample_sizes(variants)
     cells = [cell for row in rows for cell in row.values()]
     if len(variants) > 1:
-        measured = "Its intervals say how much a figure depends on the images that were measured, and no more: "
+        measured = "The intervals say how much a figure depends on the images that were measured, and no more: "
         lines.append(
             "No variant is claimed to be better than another. Each was trained once. "
             + (measured if any(cell.interval for cell in cells) else "")

@@ -1,4 +1,7 @@
-"""Paths on a page that is meant to be passed on: it says which folder, and nothing about whose machine it is on."""
+"""What a page that is meant to be passed on shows of paths and digests: enough to tell them apart.
+
+It says which folder, and nothing about whose machine that is on.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,15 @@ KEPT = 2
 _PART = r"[^\s/'\"<>,;:()&|]+"
 # Pictures are skipped whole: base64 has slashes too. A path begins where no word, relative path or URL goes on.
 _PATH = re.compile(rf"data:image/[^\"]*|(?<![\w/.:~<-])/(?:{_PART}/)+{_PART}/?")
+
+KEPT_DIGITS = 12
+"""Of a SHA-256."""
+_SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
+
+
+def shorten(page: str, known: Iterable[Path] = ()) -> str:
+    """Return HTML without absolute paths (:func:`hide_paths`), and with the beginnings of digests only."""
+    return _SHA256.sub(lambda found: f"{found[0][:KEPT_DIGITS]}...", hide_paths(page, known))
 
 
 def hide_paths(page: str, known: Iterable[Path] = ()) -> str:

@@ -16,8 +16,10 @@ from .report_pictures import GAP, Picture, Pixels, last_grid, read_pixels, tile
 from .report_runs import Run, Variant
 
 RECONSTRUCTIONS = 8
-WORST = "worst*.png"
-"""Pictures that ``evaluate reconstruction`` leaves beside its metrics."""
+WORST = "worst-reconstructions.png"
+"""The picture that ``evaluate reconstruction`` leaves beside its metrics."""
+WORST_BY = {"lpips": "LPIPS", "psnr": "PSNR"}
+"""The figure that chose the images in it: the first of these that was measured."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +112,22 @@ def worst_strips(variants: Sequence[Variant]) -> list[Picture]:
         if run is None:
             strips.append(Picture(variant.name, missing="there is no stage-1 run"))
             continue
-        files = sorted(run.evaluation_folder.glob(WORST))
-        pixels = {file: image for file in files if (image := read_pixels(file)) is not None}
-        if not pixels:
-            why = "evaluate reconstruction saved no picture of the worst images"
-            strips.append(Picture(variant.name, missing=why if run.evaluation else "not measured"))
-        for image in pixels.values():
-            what = worst_caption(run.evaluation or {})
-            alt = f"The images that {variant.name} reconstructs worst, originals above. {what}"
+        if run.evaluation is None:
+            strips.append(Picture(variant.name, missing="not measured"))
+        elif (image := read_pixels(run.evaluation_folder / WORST)) is None:
+            strips.append(Picture(variant.name, missing=f"there is no {WORST} beside its metrics"))
+        else:
+            what = worst_caption(run.evaluation)
+            alt = f"The images that {variant.name} reconstructs worst, the originals above: {what}"
             strips.append(Picture.of(variant.name, what, image, alt))
     return strips
 
 
 def worst_caption(evaluation: Mapping[str, Any]) -> str:
     """Return which images the worst ones are, and their figures, where the metrics list them."""
-    return ""
+    listed = evaluation.get("worst", {})
+    by = next((name for name in WORST_BY if listed.get(name)), None)
+    if by is None:
+        return "the worst first"
+    images = [f"{image.get('name') or image['index']} ({image['value']:.3g})" for image in listed[by]]
+    return f"by {WORST_BY[by]}: {', '.join(images)}"

@@ -31,8 +31,9 @@ from wavelatent.pipelines.report import report
 from wavelatent.pipelines.report_figures import curve_figures, interval_figures
 from wavelatent.pipelines.report_health import health_of, health_rows
 from wavelatent.pipelines.report_metrics import metric_rows
-from wavelatent.pipelines.report_paths import hide_paths
+from wavelatent.pipelines.report_paths import hide_paths, shorten
 from wavelatent.pipelines.report_pictures import LARGEST_PNG, embed, tile, untile
+from wavelatent.pipelines.report_reconstructions import worst_strips
 from wavelatent.pipelines.report_runs import Run, Variant, read_variants
 from wavelatent.pipelines.report_samples import sample_sheets
 from wavelatent.pipelines.report_tables import COST_HEAD, cost_rows, progress_table, sampling_flops
@@ -255,20 +256,23 @@ def test_folders_of_samples_are_shown_side_by_side(two: tuple[Path, Path], tmp_p
 def test_intervals_stand_beside_their_figures(two: tuple[Path, Path], tmp_path: Path) -> None:
     first, second = tmp_path / "one", two[1]
     metrics = {**RECONSTRUCTION["metrics"], "rfid_interval": [31.04, 35.55], "psnr_interval": None}
+    metrics |= {"rfid_extrapolated": 25.126, "fd_dinov2": 301.25, "fd_dinov2_interval": [290, 312]}
     write(first / "evaluation-reconstruction" / "metrics.json", {**RECONSTRUCTION, "metrics": metrics})
     write(second / "evaluation-reconstruction" / "metrics.json", result(weights_sha256="other"))
     variants = read_variants([first, second])
     rows = metric_rows(variants)
     assert rows[0]["rfid"].interval == (31.04, 35.55)
     assert rows[0]["psnr"].interval is None
-    (figure,) = interval_figures([variant.name for variant in variants], rows)
+    assert (rows[0]["rfd_dinov2"].text, rows[0]["rfd_dinov2"].interval) == ("301.2", (290, 312))
+    figure, _ = interval_figures([variant.name for variant in variants], rows)
     assert "one 33.25 between 31.04 and 35.55; two 33.25 without interval, not comparable" in figure.alt
     page = parse(report([first, second], tmp_path / "report"))
-    assert "[31.04, 35.55]" in page.text
+    assert "[31.04, 35.55]N → ∞: 25.13" in page.text
     assert "not comparable: weights_sha256" in page.text
-    assert "Its intervals say how much a figure depends on the images that were measured, and no more" in page.text
+    assert "The intervals say how much a figure depends on the images that were measured, and no more" in page.text
     record = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert record["variants"][0]["intervals"] == {"rfid": [31.04, 35.55]}
+    assert record["variants"][0]["intervals"] == {"rfid": [31.04, 35.55], "rfd_dinov2": [290, 312]}
+    assert record["variants"][0]["extrapolated"] == {"rfid": 25.126}
 
 
 def test_optional_metrics_are_columns_only_where_there_are_any(two: tuple[Path, Path]) -> None:
@@ -294,6 +298,7 @@ def test_faults_of_the_latents_stand_first_and_link_to_their_page(two: tuple[Pat
     assert [cell and cell.level for cell in rows[1].cells] == ["note", None]
     page = parse(report([first, second], tmp_path / "report"))
     assert "heavy_tail measured 3. Threshold: below 2 (ours)." in page.text
+    assert "scale: heavy tail" in page.text
     assert "two, locality: not computed: too small" in page.text
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert links == ["../one/latent-health/health.html", "../two/health.html"]
@@ -364,6 +369,26 @@ def test_no_absolute_path_is_left() -> None:
     assert hide_paths("https://arxiv.org/abs/2405.14477 ../one/health.html") == (
         "https://arxiv.org/abs/2405.14477 ../one/health.html"
     )
+
+
+def test_digests_are_shortened() -> None:
+    assert shorten(f"weights ({'0123456789abcdef' * 4})") == "weights (0123456789ab...)"
+
+
+def test_the_worst_reconstructions_are_those_that_evaluate_saved(two: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = tmp_path / "one", two[1]
+    folder = first / "evaluation-reconstruction"
+    images = [{"index": 7, "name": "a/7.png", "value": 0.51234}, {"index": 2, "name": None, "value": 0.4}]
+    write(folder / "metrics.json", {**RECONSTRUCTION, "worst": {"psnr": images[::-1], "lpips": images}})
+    variants = read_variants([first, second])
+    assert [strip.missing for strip in worst_strips(variants)] == [
+        "there is no worst-reconstructions.png beside its metrics", "not measured"
+    ]  # fmt: skip
+    saved = np.full((SIDE, 2 * SIDE, 3), colour(5), dtype=np.uint8)
+    Image.fromarray(saved).save(folder / "worst-reconstructions.png")
+    strip, _ = worst_strips(variants)
+    assert strip.source == "by LPIPS: a/7.png (0.512), 2 (0.4)"
+    assert (pixels({"src": strip.uri}) == saved).all()
 
 
 def test_large_pictures_are_reduced() -> None:
