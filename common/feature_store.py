@@ -25,12 +25,12 @@ class FeatureStore:
     """Rows of features, each with its image's index: repeated ones are dropped, and the order is that of the index.
 
     The batches that several processes padded, or that a resumed extraction repeats, may be appended as they come, in
-    any order. Memory holds the statistics and a few bytes an image; the rows are in a file.
+    any order. Memory holds the statistics and about a hundred bytes an image; the rows are in a file.
 
     Args:
         dim: the number of features.
         path: the file, which is started afresh and stays: raw little-endian float32, ``dim`` a row. None is a file
-            without a name in the system's folder for such, which is gone when the store is, even after a crash.
+            without a name in the system's folder for such (``TMPDIR``), gone with the store and after any crash.
 
     Attributes:
         statistics: count, mean and covariance of the rows, gathered in the order in which they came.

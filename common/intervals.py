@@ -7,9 +7,10 @@ training's randomness, nor of the bias that a finite set gives to FID.
 Every draw is keyed: the same features and seed give the same bits. With 5,000 samples and references of 2048 features,
 one core takes 7 s for FID's interval, 14 s for its extrapolation, 2 s for KID's, and 6 s for the other four.
 
-Simulated with Gaussian features (8 to 32 dimensions, 12 to 400 samples, equal and shifted and scaled distributions),
-the intervals held the expected figure in 88 to 100 of 100 cases; coverage's are up to 1.5 times too wide, as are FID's
-where the two distributions are equal.
+Simulated with Gaussian features (4 to 32 dimensions; equal, shifted and scaled distributions), nominal 95 % intervals
+held the expected figure in 88 to 100 % of the cases from 200 samples on. With 90 samples KID's, whose figures are
+skewed, did in 83 to 88 %, and a precision within 1 % of its bound in 88 %. Coverage's are up to 1.6 times too wide, as
+are FID's up to 1.5 times where there are few images or no difference.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def manifold_figures(samples: Tensor, reference: Tensor) -> ManifoldFigures:
     """
     samples, reference = samples[:MAX_MANIFOLD_IMAGES], reference[:MAX_MANIFOLD_IMAGES]
     everybody = torch.ones(1, len(samples), dtype=torch.bool)
-    figures = figures_of_parts(samples, reference, everybody)[0].tolist()
-    return ManifoldFigures(*figures, len(samples), len(reference))
+    precision, recall, density, coverage = figures_of_parts(samples, reference, everybody)[0].tolist()
+    return ManifoldFigures(precision, recall, density, coverage, len(samples), len(reference))
 
 
 def figures_of_parts(samples: Tensor, reference: Tensor, present: Tensor) -> Tensor:

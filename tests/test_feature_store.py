@@ -1,3 +1,7 @@
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -77,3 +81,23 @@ def test_an_empty_store_has_no_rows():
         store.append(torch.empty(0, 3), [])
         assert store.features.shape == (0, 3)
         assert store.indices == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_rows():
+    """64 MiB of rows, out of order: in the file, not in the process's own memory."""
+
+    def own_memory() -> int:
+        return int(re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) >> 10
+
+    dim, block, count = 256, 1024, 64
+    rows = torch.ones(block, dim)
+    with FeatureStore(dim) as store:
+        store.append(rows, range(count * block, (count + 1) * block))
+        before = own_memory()
+        for number in range(count):
+            store.append(rows * number, range(number * block, (number + 1) * block))
+        features = store.features
+        assert own_memory() - before < 30
+    assert features.shape == ((count + 1) * block, dim)
+    assert features[::block, 0].tolist() == [*range(count), 1]
