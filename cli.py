@@ -80,6 +80,15 @@ DEVICE = _options(
         help="Autocast of the networks.",
     ),
 )  # fmt: skip
+TRUST = _options(
+    click.option(
+        "--intervals/--no-intervals", default=True, show_default=True,
+        help="Give 95 % intervals, and the Fréchet distance without the bias of few images.",
+    ),
+    click.option(
+        "--dinov2", default=None, metavar="FOLDER_OR_ID", help="Also measure with this DINOv2: facebook/dinov2-large."
+    ),
+)  # fmt: skip
 SAMPLER = _options(
     click.option("--sampler", default=None, help="heun (default), euler, euler_ancestral, ddim, dpmpp_2m, ..."),
     click.option("--steps", type=click.IntRange(min=1), default=None, help="Noise levels (default 32)."),
@@ -170,13 +179,10 @@ def _emit_run(out: Path, trained: bool, as_json: bool) -> None:
     _emit({"run": str(out), "already_finished": not trained, **status}, as_json, text)
 
 
-def _emit_metrics(result: dict[str, Any], as_json: bool) -> None:
-    protocol = result["protocol"]
-    lines = [f"{name}: {value:.6g}" for name, value in result["metrics"].items()]
-    lines.append(f"N = {protocol['num_samples']:,} against {protocol['num_reference']:,}")
-    lines += [f"note: {note}" for note in protocol.get("notes", [])]
-    lines += [f"{name}: not computed ({why})" for name, why in result.get("not_computed", {}).items()]
-    _emit(result, as_json, "\n".join(lines))
+def _emit_metrics(result: Any, as_json: bool) -> None:
+    from wavelatent.pipelines.evaluation_text import describe
+
+    _emit(result.to_dict(), as_json, describe(result))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -348,6 +354,7 @@ def evaluate() -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for metrics.json.")
 @click.option("--num-images", type=click.IntRange(min=1), default=None, help="How many images; all by default.")
 @click.option("--lpips-net", type=click.Choice(["alex", "vgg"]), default=None, help="alex by default.")
+@TRUST
 @TILE
 @OVERWRITE
 @BATCH
@@ -355,14 +362,14 @@ def evaluate() -> None:
 @DEVICE
 @JSON
 def reconstruction(as_json: bool, **arguments: Any) -> None:
-    """RFID, PSNR, SSIM and LPIPS of an autoencoder on a data set."""
+    """RFID, PSNR, SSIM and LPIPS of an autoencoder on a data set, with intervals, for each image, and the worst."""
     from wavelatent.pipelines.evaluate import evaluate_reconstruction
 
-    _emit_metrics(evaluate_reconstruction(**_given(arguments)).to_dict(), as_json)
+    _emit_metrics(evaluate_reconstruction(**_given(arguments)), as_json)
 
 
 @evaluate.command()
-@click.option("--samples", type=FOLDER, default=None, help="A folder of samples.")
+@click.option("--samples", type=click.Path(path_type=Path), default=None, help="A folder of samples, or an .npz.")
 @click.option("--run", type=FOLDER, default=None, help="A run of train-diffusion, sampled in memory.")
 @click.option("--num", type=click.IntRange(min=1), default=None, help="How many samples.")
 @DATA
@@ -370,6 +377,7 @@ def reconstruction(as_json: bool, **arguments: Any) -> None:
 @BAD
 @SAMPLER
 @click.option("--num-reference", type=click.IntRange(min=1), default=None, help="Reference images; all by default.")
+@TRUST
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for metrics.json.")
 @OVERWRITE
 @BATCH
@@ -377,12 +385,12 @@ def reconstruction(as_json: bool, **arguments: Any) -> None:
 @DEVICE
 @JSON
 def generation(as_json: bool, **arguments: Any) -> None:
-    """FID, KID, precision and recall of samples against a data set."""
+    """FID, KID, precision, recall, density and coverage of samples against a data set, with intervals."""
     from wavelatent.pipelines.evaluate import evaluate_generation
     from wavelatent.pipelines.sample_images import take_options
 
     options = take_options(arguments)
-    _emit_metrics(evaluate_generation(options=options, **_given(arguments)).to_dict(), as_json)
+    _emit_metrics(evaluate_generation(options=options, **_given(arguments)), as_json)
 
 
 @cli.command()

@@ -1,60 +1,87 @@
-"""Measures streams of uint8 images against a reference; knows no model.
+"""The figures of an evaluation, from features and per-image values; knows no model.
 
-:func:`measure_reconstruction` takes pairs, :func:`measure_generation` takes samples; both return figures, what could
-not be computed and why, and how each figure was defined.
+:func:`set_figures` compares two sets of features, :func:`mean_figures` averages what was measured image by image; both
+return figures with their intervals, what could not be computed and why, and how each figure was defined.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
-from tqdm import tqdm
 
 from .errors import WavelatentError
-from .feature_distances import (
-    KID_SEED,
-    MAX_PRECISION_RECALL,
-    NEIGHBOURS,
-    FeatureStatistics,
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-)
+from .feature_distances import KID_SEED, FrechetReference, kernel_distance
 from .files import write_atomically
-from .image_metrics import psnr, ssim
-from .images import to_float
-from .inception import InceptionFeatures, extract_features
-from .lpips_metric import PerceptualDistance
+from .intervals import (
+    Interval,
+    frechet_at_infinity,
+    frechet_interval,
+    kernel_interval,
+    manifold_intervals,
+    mean_interval,
+)
+from .manifolds import DENSITY_NEIGHBOURS, MANIFOLD_NEIGHBOURS, manifold_figures
 from .reference_features import Reference
 
-SMALL_SAMPLE = 10_000
+SMALL_SAMPLE = 5_000
 PSNR_PROTOCOL = "dB per image over RGB in [0, 255] rounded to uint8, mean over images"
 SSIM_PROTOCOL = "Wang 2004, Gaussian 11x11 sigma 1.5, range 255, RGB, mean over images"
+INTERVALS_PROTOCOL = "95 %, over draws of the samples; the reference is fixed"
+EXTRAPOLATION = "at 1/N = 0 of a line through N, N/2, N/3 and N/4 samples; the bias of a finite reference stays"
+MANIFOLD_NAMES = ("precision", "recall", "density", "coverage")
+_NO_FEATURES = "the reference is statistics (mu and sigma) without images, which give the Fréchet distance only"
+_SUFFIX = "_interval"
 
 
 class Result(BaseModel):
-    """What ``evaluate`` prints and saves: ``metrics``, ``not_computed`` (metric: reason), ``protocol``, ``seconds``."""
+    """What ``evaluate`` prints and saves.
+
+    In JSON an interval stands in ``metrics`` beside its figure, as ``fid_interval: [low, high]``; here it is in
+    ``intervals``.
+
+    Attributes:
+        metrics: figures by name.
+        intervals: 95 % intervals of figures, by the figure's name.
+        not_computed: why a figure is missing.
+        protocol: how the figures were defined and what was measured.
+        worst: of a reconstruction, by figure, the worst images: ``index``, ``name`` (or None) and ``value``.
+        seconds: what it took.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = {}
     not_computed: dict[str, str] = {}
     protocol: dict[str, Any]
+    worst: dict[str, list[dict[str, Any]]] = {}
     seconds: float
 
+    @model_validator(mode="before")
+    @classmethod
+    def _intervals_apart(cls, content: Any) -> Any:
+        metrics = content.get("metrics") if isinstance(content, dict) else None
+        if not isinstance(metrics, Mapping):
+            return content
+        found = {name.removesuffix(_SUFFIX): bounds for name, bounds in metrics.items() if name.endswith(_SUFFIX)}
+        figures = {name: value for name, value in metrics.items() if not name.endswith(_SUFFIX)}
+        return {**content, "metrics": figures, "intervals": {**content.get("intervals", {}), **found}}
+
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values; ``not_computed`` only where something was not."""
-        content = self.model_dump(mode="json")
-        if not self.not_computed:
-            del content["not_computed"]
-        return content
+        """Return it as plain JSON values; ``not_computed`` and ``worst`` only where there is something in them."""
+        content = self.model_dump(mode="json", exclude={"metrics", "intervals"})
+        metrics: dict[str, Any] = {}
+        for name, value in self.metrics.items():
+            metrics[name] = value
+            if name in self.intervals:
+                metrics[f"{name}{_SUFFIX}"] = list(self.intervals[name])
+        return {"metrics": metrics, **{k: v for k, v in content.items() if v or k not in ("not_computed", "worst")}}
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
@@ -71,113 +98,125 @@ class Result(BaseModel):
 
 @dataclass
 class Measurement:
-    """Figures, the reasons for those that are missing, and the parts of the protocol that only measuring decides."""
+    """Figures, their intervals, the reasons for missing ones, and the parts of the protocol that measuring decides."""
 
     metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
     not_computed: dict[str, str] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, other: Measurement) -> None:
+        """Take over everything that ``other`` holds."""
+        self.metrics.update(other.metrics)
+        self.intervals.update(other.intervals)
+        self.not_computed.update(other.not_computed)
+        self.protocol.update(other.protocol)
+        self.notes += other.notes
 
 
-def measure_reconstruction(
-    pairs: Iterable[tuple[Tensor, Tensor]],
-    *,
-    reference: Reference | None,
-    extractor: InceptionFeatures | None,
-    lpips: PerceptualDistance | None,
-    total: int | None = None,
+def mean_figures(values: Mapping[str, Tensor], *, intervals: bool) -> Measurement:
+    """Return the means of per-image values ``[N]``: ``psnr``, ``ssim``, ``lpips``."""
+    result = Measurement({name: float(each.double().mean()) for name, each in values.items()})
+    if intervals:
+        result.intervals = {name: mean_interval(each) for name, each in values.items()}
+    return result
+
+
+def set_figures(
+    name: str, features: Tensor, reference: Reference, *, only_frechet: bool = False, intervals: bool = True
 ) -> Measurement:
-    """Measure pairs (originals, reconstructions), each uint8 ``[B,3,H,W]``.
+    """Compare features ``[N, dim]`` with a reference's.
 
-    ``psnr``, ``ssim`` and ``lpips`` compare each pair and are averaged; ``rfid`` compares the set of reconstructions
-    with ``reference``. A metric whose network is None is left out; the caller says why.
+    Args:
+        name: what the Fréchet distance is called: ``fid`` and ``rfid`` are for Inception's features alone.
+        features: of the samples; may be mapped from a file.
+        reference: what they are held against. Where it is statistics without features, only the Fréchet distance can
+            be had.
+        only_frechet: leave out ``kid_mean``, ``kid_std``, ``precision``, ``recall``, ``density`` and ``coverage``.
+        intervals: also give intervals, and the Fréchet distance extrapolated to infinitely many samples as
+            ``<name>_extrapolated``.
     """
-    per_image: dict[str, list[Tensor]] = {}
-    statistics = FeatureStatistics(extractor.dim) if extractor else None
     result = Measurement()
-    count = 0
-    with tqdm(total=total, desc="Reconstructions", unit="img", leave=False) as progress:
-        for originals, reconstructions in pairs:
-            for name, values in _compare(originals, reconstructions, lpips, result.not_computed).items():
-                per_image.setdefault(name, []).append(values.double().cpu())
-            if extractor is not None and statistics is not None:
-                statistics.update(extractor(reconstructions))
-            count += len(originals)
-            progress.update(len(originals))
-    result.metrics.update({name: float(torch.cat(values).mean()) for name, values in per_image.items()})
-    result.protocol = {"num_samples": count, "psnr": PSNR_PROTOCOL, "ssim": SSIM_PROTOCOL}
-    if reference is not None and statistics is not None:
-        _frechet(result, "rfid", statistics, reference)
+    _frechet(result, name, features, reference, intervals)
+    if not only_frechet:
+        _kernel(result, features, reference, intervals)
+        _manifolds(result, features, reference, intervals)
     return result
 
 
-def measure_generation(
-    samples: Iterable[Tensor], *, reference: Reference, extractor: InceptionFeatures, total: int | None = None
-) -> Measurement:
-    """Measure samples, uint8 ``[B,3,H,W]``: ``fid``, ``kid_mean``, ``kid_std``, ``precision``, ``recall``."""
-    features = extract_features(extractor, samples, total=total, label="Inception, samples")
-    result = Measurement(protocol={"num_samples": len(features)})
-    _frechet(result, "fid", FeatureStatistics.of(features), reference)
-    _kernel(result, features, reference)
-    _precision_recall(result, features, reference)
-    return result
-
-
-def _compare(
-    originals: Tensor, reconstructions: Tensor, lpips: PerceptualDistance | None, not_computed: dict[str, str]
-) -> dict[str, Tensor]:
-    values = {"psnr": psnr(reconstructions, originals)}
+def _frechet(result: Measurement, name: str, features: Tensor, reference: Reference, intervals: bool) -> None:
+    if reference.statistics.mean.shape != features.shape[1:]:
+        result.not_computed[name] = (
+            f"the reference's statistics are of {len(reference.statistics.mean)} features, not {features.shape[1]}"
+        )
+        return
     try:
-        values["ssim"] = ssim(reconstructions, originals)
-    except ValueError as error:
-        not_computed["ssim"] = str(error)
-    if lpips is not None:
-        try:
-            with torch.no_grad():
-                pair = (to_float(images).to(lpips.device) for images in (reconstructions, originals))
-                values["lpips"] = lpips(*pair)
-        except ValueError as error:
-            not_computed["lpips"] = str(error)
-    return values
-
-
-def _frechet(result: Measurement, name: str, statistics: FeatureStatistics, reference: Reference) -> None:
-    try:
-        result.metrics[name] = frechet_distance(statistics, reference.statistics)
+        against = FrechetReference(reference.statistics)
+        figure = against.distance(features)
+        if intervals:
+            result.intervals[name] = frechet_interval(features, against, figure=figure)
     except WavelatentError as error:
         result.not_computed[name] = str(error)
         return
-    fewer = min(statistics.count, len(reference))
+    result.metrics[name] = figure
+    fewer = min(len(features), len(reference) or len(features))
     if fewer < SMALL_SAMPLE:
-        result.protocol.setdefault("notes", []).append(
-            f"{name} at {fewer} images is biased upwards: compare it only with figures from the same numbers of images"
+        result.notes.append(
+            f"small-sample: {name} of {fewer:,} images, fewer than {SMALL_SAMPLE:,}, is biased upwards: compare it "
+            "only with figures from the same numbers of images"
         )
+    if intervals:
+        _extrapolate(result, f"{name}_extrapolated", features, against)
 
 
-def _kernel(result: Measurement, features: Tensor, reference: Reference) -> None:
+def _extrapolate(result: Measurement, name: str, features: Tensor, against: FrechetReference) -> None:
+    try:
+        line = frechet_at_infinity(features, against)
+    except WavelatentError as error:
+        result.notes.append(str(error))
+        return
+    result.metrics[name] = line.value
+    points = [list(point) for point in line.points]
+    result.protocol[name] = {"method": EXTRAPOLATION, "error": line.error, "slope": line.slope, "points": points}
+
+
+def _kernel(result: Measurement, features: Tensor, reference: Reference, intervals: bool) -> None:
+    names = ("kid_mean", "kid_std")
+    if not len(reference):
+        result.not_computed.update(dict.fromkeys(names, _NO_FEATURES))
+        return
     try:
         kid = kernel_distance(features, reference.features)
     except WavelatentError as error:
-        result.not_computed["kid_mean"] = result.not_computed["kid_std"] = str(error)
+        result.not_computed.update(dict.fromkeys(names, str(error)))
         return
     result.metrics.update(kid_mean=kid.mean, kid_std=kid.std)
+    if intervals:
+        result.intervals["kid_mean"] = kernel_interval(features, reference.features, kid)
     result.protocol["kid"] = {
-        "kernel": "(x.y / 2048 + 1)^3, unbiased",
+        "kernel": f"(x.y / {features.shape[1]} + 1)^3, unbiased",
         "subsets": kid.subsets,
         "subset_size": kid.subset_size,
         "seed": KID_SEED,
     }
 
 
-def _precision_recall(result: Measurement, features: Tensor, reference: Reference) -> None:
-    samples, others = features[:MAX_PRECISION_RECALL], reference.features[:MAX_PRECISION_RECALL]
-    try:
-        precision, recall = precision_recall(samples, others)
-    except WavelatentError as error:
-        result.not_computed["precision"] = result.not_computed["recall"] = str(error)
+def _manifolds(result: Measurement, features: Tensor, reference: Reference, intervals: bool) -> None:
+    if not len(reference):
+        result.not_computed.update(dict.fromkeys(MANIFOLD_NAMES, _NO_FEATURES))
         return
-    result.metrics.update(precision=precision, recall=recall)
+    try:
+        figures = manifold_figures(features, reference.features)
+    except WavelatentError as error:
+        result.not_computed.update(dict.fromkeys(MANIFOLD_NAMES, str(error)))
+        return
+    result.metrics.update({name: getattr(figures, name) for name in MANIFOLD_NAMES})
+    if intervals:
+        result.intervals.update(manifold_intervals(features, reference.features))
     result.protocol["precision_recall"] = {
-        "num_samples": len(samples),
-        "num_reference": len(others),
-        "neighbours": NEIGHBOURS,
+        "num_samples": figures.num_samples,
+        "num_reference": figures.num_reference,
+        "neighbours": MANIFOLD_NEIGHBOURS,
+        "density_neighbours": DENSITY_NEIGHBOURS,
     }

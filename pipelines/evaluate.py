@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..common.adm_npz import is_npz
+from ..common.dinov2 import Dinov2Features
+from ..common.distributed_features import by_main, in_agreement
 from ..common.errors import UsageError, WavelatentError
-from ..common.evaluation import Measurement, Result, measure_generation, measure_reconstruction
-from ..common.images import ImageData, open_data, to_float, to_uint8
-from ..common.inception import FEATURES_NAME, RESIZE_NAME, InceptionFeatures
+from ..common.evaluation import INTERVALS_PROTOCOL, Measurement, Result, mean_figures
+from ..common.inception import InceptionFeatures
 from ..common.lpips_metric import LpipsNet, PerceptualDistance
 from ..common.metric_weights import MissingWeightsError
-from ..common.reference_features import choose_images, reference_features, stoppable, uint8_batches
-from ..common.runtime import MixedPrecision, StopRequest, autocast, check_precision, environment, resolve_device
+from ..common.reference_cache import FeatureNetwork
+from ..common.runtime import MixedPrecision, RuntimeOptions, StopRequest, accelerated, resolve_device
 from ..stage1_autoencoder.tiling import TiledAutoencoder, tiled
+from .evaluation_files import beside, finished, result_path, save_worst, worst_images, write_per_image
+from .evaluation_inputs import DINOV2, ReferenceData, dinov2_protocol, open_reference
+from .feature_pass import FeaturePass
 from .loading import load_autoencoder
+from .reconstructions import FIGURES, Reconstructions
 from .sample_images import DEFAULT_OPTIONS, SampleOptions
-from .sample_sources import RunSamples, SampleFolder, SampleSource
+from .sample_sources import RunSamples, SampleSource, open_samples
 
 if TYPE_CHECKING:
-    from ..stage1_autoencoder.autoencoder import Autoencoder
+    from accelerate import Accelerator
 
 
 def evaluate_reconstruction(
@@ -44,12 +49,18 @@ def evaluate_reconstruction(
     mixed_precision: MixedPrecision = "no",
     overwrite: bool = False,
     tile: int | None = None,
+    intervals: bool = True,
+    dinov2: str | None = None,
 ) -> Result:
     """Measure rFID, PSNR, SSIM and LPIPS of ``ae`` on ``data``, through the posterior's mode and uint8 images.
 
     The reference of rFID is the very images that were reconstructed. Without the Inception or LPIPS weights the other
     figures are still given, and ``not_computed`` says why. A measurement that is already there, of the same
-    autoencoder, data and protocol, is returned as it is.
+    autoencoder, data and protocol, is returned as it is. Under ``torchrun`` the processes share the images; the figures
+    are the same for any number of them and any ``batch_size`` but for rounding, and every process returns the result.
+
+    Beside ``metrics.json`` stand ``per-image.csv`` and ``worst-reconstructions.png``: the originals of the worst
+    images (by LPIPS where it was computed, else by PSNR), and below them their reconstructions.
 
     Args:
         ae: autoencoder, as on the command line.
@@ -67,6 +78,8 @@ def evaluate_reconstruction(
         overwrite: measure again.
         tile: encode and decode in tiles of so many pixels (:mod:`..stage1_autoencoder.tiling`), for images that do not
             fit in memory; the protocol records it.
+        intervals: also give intervals, and rFID extrapolated to infinitely many images.
+        dinov2: folder or hub id of a DINOv2 (:mod:`..common.dinov2`), whose Fréchet distance is ``fd_dinov2``.
 
     Raises:
         UsageError: the size of the images or of ``tile`` does not suit the autoencoder, or there are fewer images than
@@ -74,42 +87,44 @@ def evaluate_reconstruction(
         Stopped: by SIGTERM or SIGINT; what has been extracted of the reference is kept.
     """
     begin = time.monotonic()
-    place = resolve_device(device)
-    check_precision(place, mixed_precision)
-    images = open_data(data, size=size, max_bad_fraction=max_bad_fraction)
-    indices = choose_images(len(images), num_images, seed)
-    autoencoder = tiled(load_autoencoder(ae).to(place), tile)
-    _check_divides(images.size, autoencoder.downsampling)
-    how: dict[str, Any] = {"mixed_precision": mixed_precision}
-    if isinstance(autoencoder, TiledAutoencoder):
-        print(autoencoder.describe("encode", "decode"), file=sys.stderr)
-        how["tile"] = autoencoder.tile
-    protocol = {
-        **_protocol(images, num_reference=len(indices), seed=seed),
-        "autoencoder": {"path": ae, "fingerprint": autoencoder.fingerprint(), **how},
-        "latents": "posterior mode",
-        "lpips_net": lpips_net,
-    }
-    folder = Path(ae) / "evaluation-reconstruction" if Path(ae).is_dir() else None
-    path = _result_path(out, folder)
-    if not overwrite and (done := _finished(path, protocol)):
-        return done
-    missing: dict[str, str] = {}
-    lpips = _lpips(lpips_net, place, missing)
-    extractor = _inception(place, missing)
-    reference = None
-    with StopRequest() as stop:
-        if extractor is not None:
-            protocol["weights_sha256"] = extractor.weights_sha256
-            reference = reference_features(
-                images, extractor, num=num_images, seed=seed, batch_size=batch_size, stop=stop
-            )
-        pairs = _reconstructions(autoencoder, images, indices, batch_size, place, mixed_precision)
-        measured = measure_reconstruction(
-            stoppable(pairs, stop), reference=reference, extractor=extractor, lpips=lpips, total=len(indices)
+    with StopRequest() as stop, accelerated(RuntimeOptions(device, mixed_precision)) as accelerator:
+        place = _place(accelerator, device)
+        reference = in_agreement(
+            accelerator,
+            lambda: open_reference(data, size=size, max_bad_fraction=max_bad_fraction, num=num_images, seed=seed),
         )
-    measured.not_computed.update(missing)
-    return _finish(measured, protocol, path, begin)
+        work = in_agreement(accelerator, lambda: _reconstructions(ae, reference, place, mixed_precision, tile))
+        protocol = {
+            **reference.protocol(),
+            "autoencoder": {"path": ae, **work.protocol()},
+            "latents": "posterior mode",
+            "lpips_net": lpips_net,
+            **_asked(intervals, dinov2),
+        }
+        folder = Path(ae) / "evaluation-reconstruction" if Path(ae).is_dir() else None
+        path = result_path(out, folder)
+        if done := by_main(accelerator, lambda: None if overwrite else finished(path, protocol)):
+            return done
+        missing: dict[str, str] = {}
+        work.lpips = in_agreement(accelerator, lambda: _lpips(lpips_net, place, missing))
+        networks = in_agreement(accelerator, lambda: _networks("rfid", place, dinov2, protocol, missing))
+        features = FeaturePass(accelerator, networks, reference, batch_size, stop)
+        values = features.collect(work, len(work.indices), len(FIGURES), batch_size, "reconstructions")
+
+        def measure() -> Result:
+            per_image = work.by_figure(values)
+            measured = mean_figures(per_image, intervals=intervals)
+            measured.add(features.figures(only_frechet=True, intervals=intervals))
+            measured.not_computed.update({**work.not_computed, **missing})
+            measured.protocol.update(work.figure_protocol())
+            worst = worst_images(work.data, work.indices, per_image)
+            if path is not None:
+                write_per_image(beside(path, "per-image.csv"), work.data, work.indices, per_image)
+                shown = [image["index"] for image in worst.get("lpips") or worst["psnr"]]
+                save_worst(beside(path, "worst-reconstructions.png"), *work.pairs(shown))
+            return _finish(measured, {**protocol, "num_samples": len(values)}, path, begin, worst)
+
+        return by_main(accelerator, measure)
 
 
 def evaluate_generation(
@@ -129,18 +144,26 @@ def evaluate_generation(
     reference_seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
+    intervals: bool = True,
+    dinov2: str | None = None,
 ) -> Result:
-    """Measure FID, KID, precision and recall of samples in a folder, or drawn here from a run, against ``data``.
+    """Measure FID, KID, precision, recall, density and coverage of samples against ``data``.
+
+    The samples are in a folder or a file, or drawn here from a run; each is looked at once for all figures. Under
+    ``torchrun`` the processes share them; the figures are the same for any number of processes and any ``batch_size``
+    but for rounding, and every process returns the result.
 
     Args:
-        data: the reference, as on the command line.
-        samples: a folder of lossless images of one size, such as ``sample`` writes. Either this or ``run``.
+        data: the reference, as on the command line; or an ``.npz`` of ADM's evaluation with images, or with the
+            statistics of images, which give no more than FID.
+        samples: a folder of lossless images of one size, such as ``sample`` writes, or an ``.npz`` such as it writes.
+            Either this or ``run``.
         run: a stage-2 run folder; its samples are drawn in memory.
         num: how many samples; None is every one in the folder. A run needs it, or ``seeds``.
         seeds: the seeds to sample a run with; None is ``num`` of them from ``seed`` on.
         options: what decides the samples of a run besides the seeds, as in ``sample``.
         out: folder (or ``.json`` file) for ``metrics.json``; by default in the samples' folder, or
-            ``evaluation-generation`` in the run's.
+            ``evaluation-generation`` in the run's; for ``NAME.npz`` it is ``NAME.metrics.json`` beside it.
         num_reference: how many reference images, the first of the order drawn from ``reference_seed``; None is all.
         size: side of the reference images in pixels; None is the data's own.
         max_bad_fraction: how many unreadable or too small files of ``data`` may be skipped.
@@ -149,6 +172,8 @@ def evaluate_generation(
         reference_seed: draws the order of the reference images; another order is another cache entry.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         overwrite: measure again.
+        intervals: also give intervals, and FID extrapolated to infinitely many samples.
+        dinov2: folder or hub id of a DINOv2 (:mod:`..common.dinov2`), whose Fréchet distance is ``fd_dinov2``.
 
     Raises:
         UsageError: not exactly one of ``samples`` and ``run``, or no number of samples for a run.
@@ -157,81 +182,83 @@ def evaluate_generation(
         Stopped: by SIGTERM or SIGINT; what has been extracted of the reference is kept.
     """
     begin = time.monotonic()
-    place = resolve_device(device)
-    check_precision(place, options.mixed_precision)
-    images = open_data(data, size=size, max_bad_fraction=max_bad_fraction)
-    source: SampleSource
-    if samples is not None and run is None:
-        source, folder = SampleFolder(samples, num), samples
-    elif run is not None and samples is None:
-        source = RunSamples(run, _seeds(num, seeds, seed), options, device=place)
-        folder = run / "evaluation-generation"
-    else:
+    if (samples is None) == (run is None):
         raise UsageError("give either --samples DIR, or --run RUN with --num N")
-    reference_count = len(choose_images(len(images), num_reference, reference_seed))
-    protocol = {**_protocol(images, num_reference=reference_count, seed=reference_seed), **source.protocol()}
-    path = _result_path(out, folder)
-    if not overwrite and (done := _finished(path, protocol)):
-        return done
-    extractor = InceptionFeatures(place)
-    protocol["weights_sha256"] = extractor.weights_sha256
-    with StopRequest() as stop:
-        stream = _one_size(source.batches(batch_size), images)
-        first = next(stream)  # a wrong size shows before the reference is paid for
-        reference = reference_features(
-            images, extractor, num=num_reference, seed=reference_seed, batch_size=batch_size, stop=stop
+    with StopRequest() as stop, accelerated(RuntimeOptions(device, options.mixed_precision)) as accelerator:
+        place = _place(accelerator, device)
+        reference = in_agreement(
+            accelerator,
+            lambda: open_reference(
+                data, size=size, max_bad_fraction=max_bad_fraction, num=num_reference, seed=reference_seed
+            ),
         )
-        measured = measure_generation(
-            stoppable(itertools.chain([first], stream), stop),
-            reference=reference,
-            extractor=extractor,
-            total=len(source),
-        )
-    return _finish(measured, protocol, path, begin)
+
+        def open_source() -> SampleSource:
+            if samples is not None:
+                return open_samples(samples, num)
+            assert run is not None, "seen to above"
+            return RunSamples(run, _seeds(num, seeds, seed), options, device=place)
+
+        source = in_agreement(accelerator, open_source)
+        path = result_path(out, _beside_samples(samples, run))
+
+        def look() -> tuple[dict[str, Any], Result | None]:
+            protocol = {**reference.protocol(), **source.protocol(), **_asked(intervals, dinov2)}
+            return protocol, None if overwrite else finished(path, protocol)
+
+        protocol, done = by_main(accelerator, look)
+        if done is not None:
+            return done
+        missing: dict[str, str] = {}
+        networks = in_agreement(accelerator, lambda: _networks("fid", place, dinov2, protocol, missing))
+        if not networks:
+            raise MissingWeightsError(missing["fid"])
+        in_agreement(accelerator, lambda: _require_one_size(source, reference))  # before the reference is paid for
+        features = FeaturePass(accelerator, networks, reference, batch_size, stop)
+
+        def drawn(numbers: range) -> tuple[Tensor, Tensor]:
+            return torch.empty(len(numbers), 0, dtype=torch.float64), source.images(numbers)
+
+        features.collect(drawn, len(source), 0, source.whole_batch(batch_size), "samples")
+
+        def measure() -> Result:
+            measured = Measurement(not_computed=missing, notes=[*source.notes(), *reference.notes()])
+            measured.add(features.figures(only_frechet=(DINOV2,), intervals=intervals))
+            return _finish(measured, {**protocol, "num_samples": len(source)}, path, begin)
+
+        return by_main(accelerator, measure)
 
 
-def _seeds(num: int | None, seeds: Sequence[int] | None, first: int) -> Sequence[int]:
-    if seeds is None and num is None:
-        raise UsageError("--run needs --num N: how many samples to draw")
-    chosen = range(first, first + (num or 0)) if seeds is None else seeds[:num]
-    if not chosen or (num is not None and len(chosen) < num):
-        raise UsageError(f"--num {num}: ask for at least 1 sample, and no more than there are seeds")
-    return chosen
-
-
-def _one_size(batches: Iterator[Tensor], images: ImageData) -> Iterator[Tensor]:
-    for batch in batches:
-        height, width = batch.shape[-2:]
-        if (height, width) != (images.size, images.size):
-            raise WavelatentError(
-                f"the samples are {width}x{height} px and the reference {images.spec} is {images.size}: "
-                f"FID compares images of one size; give --size {height}, or a reference prepared at it"
-            )
-        yield batch
+def _place(accelerator: Accelerator, device: str) -> torch.device:
+    return resolve_device(device) if accelerator.num_processes == 1 else accelerator.device
 
 
 def _reconstructions(
-    autoencoder: Autoencoder | TiledAutoencoder,
-    images: ImageData,
-    indices: Sequence[int],
-    batch_size: int,
-    device: torch.device,
-    mixed_precision: MixedPrecision,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pairs (originals, reconstructions), uint8 on ``device``: all metrics are computed there."""
-    for batch in uint8_batches(images, batch_size, indices):
-        originals = batch.to(device)
-        with torch.no_grad(), autocast(device, mixed_precision):
-            decoded = autoencoder.decode(autoencoder.encode(to_float(originals)).mode())
-        yield originals, to_uint8(decoded)
+    ae: str, reference: ReferenceData, device: torch.device, mixed_precision: MixedPrecision, tile: int | None
+) -> Reconstructions:
+    if reference.images is None or reference.given is not None:
+        raise UsageError(f"--data {reference.spec} holds statistics: give the images that are to be reconstructed")
+    autoencoder = tiled(load_autoencoder(ae).to(device), tile)
+    if isinstance(autoencoder, TiledAutoencoder):
+        print(autoencoder.describe("encode", "decode"), file=sys.stderr)
+    return Reconstructions(autoencoder, reference.images, reference.indices, device, mixed_precision)
 
 
-def _check_divides(size: int, factor: int) -> None:
-    if size % factor:
-        nearest = max(factor, size // factor * factor)
-        raise UsageError(
-            f"images of {size} px do not divide by the autoencoder's downsampling factor {factor}; use --size {nearest}"
+def _require_one_size(source: SampleSource, reference: ReferenceData) -> None:
+    if reference.images is not None and source.size != (reference.images.size,) * 2:
+        width, height = source.size
+        raise WavelatentError(
+            f"the samples are {width}x{height} px and the reference {reference.spec} is {reference.images.size}: "
+            f"FID compares images of one size; give --size {height}, or a reference prepared at it"
         )
+
+
+def _asked(intervals: bool, dinov2: str | None) -> dict[str, Any]:
+    """Return the parts of the protocol that say what was asked for."""
+    return {
+        "intervals": INTERVALS_PROTOCOL if intervals else None,
+        **({} if dinov2 is None else {"dinov2": {"source": dinov2}}),
+    }
 
 
 def _lpips(net: LpipsNet, device: torch.device, missing: dict[str, str]) -> PerceptualDistance | None:
@@ -242,56 +269,52 @@ def _lpips(net: LpipsNet, device: torch.device, missing: dict[str, str]) -> Perc
         return None
 
 
-def _inception(device: torch.device, missing: dict[str, str]) -> InceptionFeatures | None:
+def _networks(
+    name: str, device: torch.device, dinov2: str | None, protocol: dict[str, Any], missing: dict[str, str]
+) -> dict[str, FeatureNetwork]:
+    """Return the networks by their Fréchet distance's name; write into ``protocol`` which they are."""
+    networks: dict[str, FeatureNetwork] = {}
     try:
-        return InceptionFeatures(device)
+        networks[name] = inception = InceptionFeatures(device)
+        protocol["weights_sha256"] = inception.weights_sha256
     except MissingWeightsError as error:
-        missing["rfid"] = str(error)
-        return None
+        missing[name] = str(error)
+    if dinov2 is not None:
+        networks[DINOV2] = network = Dinov2Features(dinov2, device)
+        protocol["dinov2"] = dinov2_protocol(dinov2, network)
+    return networks
 
 
-def _protocol(images: ImageData, *, num_reference: int, seed: int) -> dict[str, Any]:
-    """Return what is known before anything is measured, and what a figure must not be compared across."""
-    return {
-        "num_reference": num_reference,
-        "features": FEATURES_NAME,
-        "weights_sha256": None,
-        "resize": {"data": images.transform.get("filter"), "features": RESIZE_NAME},
-        "crop": images.transform.get("crop"),
-        "size": images.size,
-        "reference": images.spec,
-        "reference_fingerprint": images.fingerprint(),
-        "reference_order_seed": seed,
-        "library versions": environment()["versions"],
-    }
+def _beside_samples(samples: Path | None, run: Path | None) -> Path | None:
+    if samples is not None:
+        return samples.with_suffix(".metrics.json") if is_npz(samples) else samples
+    return None if run is None else run / "evaluation-generation"
 
 
-def _result_path(out: Path | None, default: Path | None) -> Path | None:
-    if out is not None and out.suffix == ".json":
-        return out
-    folder = out or default
-    return None if folder is None else folder / "metrics.json"
-
-
-def _finished(path: Path | None, protocol: dict[str, Any]) -> Result | None:
-    """Return the saved result where it is complete and of the same inputs, protocol and versions."""
-    done = Result.load(path) if path is not None else None
-    if done is None or done.not_computed:
-        return None
-    expected = {name: value for name, value in protocol.items() if name != "weights_sha256"}
-    if any(done.protocol.get(name) != value for name, value in expected.items()):
-        return None
-    print(f"already measured: {path} (--overwrite measures again)", file=sys.stderr)
-    return done
-
-
-def _finish(measured: Measurement, protocol: dict[str, Any], path: Path | None, begin: float) -> Result:
+def _finish(
+    measured: Measurement,
+    protocol: dict[str, Any],
+    path: Path | None,
+    begin: float,
+    worst: dict[str, list[dict[str, Any]]] | None = None,
+) -> Result:
     result = Result(
         metrics=measured.metrics,
+        intervals={name: (interval.low, interval.high) for name, interval in measured.intervals.items()},
         not_computed=measured.not_computed,
-        protocol={**measured.protocol, **protocol},
+        protocol={**measured.protocol, **protocol, **({"notes": measured.notes} if measured.notes else {})},
+        worst=worst or {},
         seconds=round(time.monotonic() - begin, 3),
     )
     if path is not None:
         result.save(path)
     return result
+
+
+def _seeds(num: int | None, seeds: Sequence[int] | None, first: int) -> Sequence[int]:
+    if seeds is None and num is None:
+        raise UsageError("--run needs --num N: how many samples to draw")
+    chosen = range(first, first + (num or 0)) if seeds is None else seeds[:num]
+    if not chosen or (num is not None and len(chosen) < num):
+        raise UsageError(f"--num {num}: ask for at least 1 sample, and no more than there are seeds")
+    return chosen

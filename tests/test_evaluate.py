@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +14,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from wavelatent.common import evaluation, reference_cache, reference_features
+from wavelatent.common import reference_cache, reference_features
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
+from wavelatent.common.evaluation import Result
 from wavelatent.common.feature_distances import FeatureStatistics, frechet_distance
 from wavelatent.common.image_metrics import psnr, ssim
 from wavelatent.common.images import open_data
 from wavelatent.common.latents import Posterior
 from wavelatent.common.metric_weights import MissingWeightsError
-from wavelatent.pipelines import evaluate
+from wavelatent.pipelines import evaluate, reconstructions
 from wavelatent.pipelines.evaluate import evaluate_generation, evaluate_reconstruction
 from wavelatent.pipelines.sample_images import SampleOptions
 from wavelatent.stage2_diffusion.sampling import Sampling
@@ -110,7 +112,9 @@ def test_generation_is_measured_saved_and_described(data, samples):
     saved = json.loads((samples / "metrics.json").read_text())
     assert saved == result.to_dict()
     assert set(saved) == {"metrics", "protocol", "seconds"}
-    assert set(saved["metrics"]) == {"fid", "kid_mean", "kid_std", "precision", "recall"}
+    figures = {"fid", "kid_mean", "precision", "recall", "density", "coverage"}
+    assert set(saved["metrics"]) == figures | {f"{name}_interval" for name in figures} | {"kid_std", "fid_extrapolated"}
+    assert Result.load(samples / "metrics.json") == result
     features = [TinyInception()(_pixels(folder)) for folder in (samples, data)]
     expected = frechet_distance(*(FeatureStatistics.of(x) for x in features))
     assert saved["metrics"]["fid"] == pytest.approx(expected, rel=1e-6)
@@ -123,7 +127,10 @@ def test_generation_is_measured_saved_and_described(data, samples):
     assert protocol["seeds"] == f"0-{COUNT - 1}"
     assert protocol["kid"]["subset_size"] == COUNT // 2
     assert "torch-fidelity" in protocol["library versions"]
-    assert any("biased" in note for note in protocol["notes"])
+    assert any(note.startswith("small-sample: fid of 12 images") for note in protocol["notes"])
+    low, high = saved["metrics"]["fid_interval"]
+    assert low <= saved["metrics"]["fid"] <= high
+    assert protocol["fid_extrapolated"]["error"] >= 0
 
 
 def test_a_set_is_at_distance_zero_of_itself(data):
@@ -240,6 +247,8 @@ def test_a_run_is_sampled_in_memory(data, samples, monkeypatch, tmp_path):
     class Sampler:
         def __init__(self, run, options, *, device):
             self.run, self.options = run, options
+            self.model = SimpleNamespace(latent_shape=(4, SIZE // 2, SIZE // 2))
+            self.decoder = SimpleNamespace(downsampling=2)
 
         def protocol(self):
             return {"model_sha256": "m", "ema": 1, "sampler": self.options.sampling.sampler}
@@ -269,8 +278,9 @@ def test_reconstruction_gives_every_figure_that_it_can(data, without_lpips, tmp_
     halved = HalfSize().decode(HalfSize().encode(originals / 127.5 - 1).mode())
     decoded = ((halved + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     statistics = (FeatureStatistics.of(TinyInception()(images)) for images in (decoded, originals))
-    assert result.metrics == pytest.approx(
+    assert {**result.metrics, "rfid_extrapolated": 0} == pytest.approx(
         {
+            "rfid_extrapolated": 0,
             "psnr": psnr(decoded, originals).mean().item(),
             "ssim": ssim(decoded, originals).mean().item(),
             "rfid": frechet_distance(*statistics),
@@ -292,7 +302,7 @@ def test_every_figure_of_a_reconstruction_is_computed_on_the_given_device(data, 
         devices.extend([images.device.type, target.device.type])
         return ssim(images, target)
 
-    monkeypatch.setattr(evaluation, "ssim", spy)
+    monkeypatch.setattr(reconstructions, "ssim", spy)
     on_gpu = evaluate_reconstruction("half", str(data), device="cuda")
     assert devices == ["cuda", "cuda"]
     on_cpu = evaluate_reconstruction("half", str(data), device="cpu")
@@ -343,6 +353,7 @@ def test_the_real_networks_through_the_whole_command(data, monkeypatch):
     finally:
         monkeypatch.undo()
     assert set(result.metrics) == {"rfid", "psnr", "ssim", "lpips"}
+    assert any("extrapolating FID needs" in note for note in result.protocol["notes"])
     assert result.metrics["rfid"] > 1
     assert 0 < result.metrics["lpips"] < 1
     assert len(result.protocol["weights_sha256"]) == 64

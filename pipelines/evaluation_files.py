@@ -1,0 +1,91 @@
+"""What an evaluation leaves on disk: the result, the figures of every image, a picture of the worst."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.evaluation import Result
+from ..common.files import write_atomically
+from ..common.images import ImageData, save_grid, to_float
+
+WORST = 8
+"""Images that are listed and shown."""
+IMAGE_METRICS = {"psnr": True, "ssim": True, "lpips": False}
+"""What is measured image by image, and whether more is better."""
+_OF_NETWORKS = ("weights_sha256", "lpips_sha256")
+
+
+def result_path(out: Path | None, default: Path | None) -> Path | None:
+    """Return where the result belongs: ``out`` or ``default`` if they name a ``.json``, else ``metrics.json`` there."""
+    place = out or default
+    return place if place is None or place.suffix == ".json" else place / "metrics.json"
+
+
+def beside(path: Path, name: str) -> Path:
+    """Return where ``name`` belongs beside the result at ``path``."""
+    return path.with_name(name if path.name == "metrics.json" else f"{path.stem}-{name}")
+
+
+def finished(path: Path | None, protocol: Mapping[str, Any]) -> Result | None:
+    """Return the saved result where it is complete and of the same inputs, protocol and versions."""
+    done = Result.load(path) if path is not None else None
+    if done is None or done.not_computed:
+        return None
+    found = _known_before(done.protocol)
+    if any(found.get(name) != value for name, value in _known_before(protocol).items()):
+        return None
+    print(f"already measured: {path} (--overwrite measures again)", file=sys.stderr)
+    return done
+
+
+def _known_before(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a protocol is known before any network is loaded."""
+    known = {name: value for name, value in protocol.items() if name not in _OF_NETWORKS}
+    if "dinov2" in known:
+        known["dinov2"] = known["dinov2"]["source"]
+    return known
+
+
+def image_name(data: ImageData, index: int) -> str | None:
+    """Return what image ``index`` is called, where the data has names."""
+    name = getattr(data, "name", None)
+    return str(name(index)) if callable(name) else None
+
+
+def worst_images(
+    data: ImageData, indices: Sequence[int], values: Mapping[str, Tensor]
+) -> dict[str, list[dict[str, Any]]]:
+    """List, for each figure, the :data:`WORST` images, the worst first; ``values`` ``[N]`` are of the ``indices``."""
+
+    def listed(name: str, each: Tensor) -> list[dict[str, Any]]:
+        order = each.argsort(descending=not IMAGE_METRICS[name], stable=True)[:WORST].tolist()
+        return [{"index": indices[at], "name": image_name(data, indices[at]), "value": float(each[at])} for at in order]
+
+    return {name: listed(name, each) for name, each in values.items()}
+
+
+def write_per_image(path: Path, data: ImageData, indices: Sequence[int], values: Mapping[str, Tensor]) -> None:
+    """Write ``index, name`` and the figures of every image as CSV, by index."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["index", "name", *values])
+    columns = {name: each.tolist() for name, each in values.items()}
+    for at in sorted(range(len(indices)), key=indices.__getitem__):
+        figures = ["" if math.isnan(column[at]) else f"{column[at]:.8g}" for column in columns.values()]
+        table.writerow([indices[at], image_name(data, indices[at]) or "", *figures])
+    write_atomically(path, text.getvalue())
+
+
+def save_worst(path: Path, originals: Tensor, reconstructions: Tensor) -> None:
+    """Write images uint8 ``[K,3,H,W]`` as one PNG: the originals, and below each its reconstruction."""
+    pairs = torch.cat([originals, reconstructions]).cpu()
+    save_grid(path, to_float(pairs), columns=len(originals))
