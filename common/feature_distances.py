@@ -1,4 +1,4 @@
-"""Distances between two sets of image features: Fréchet (FID), kernel (KID), precision and recall."""
+"""Distances between two sets of image features: Fréchet (FID) and kernel (KID)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from .torchvision_import import ensure_torchvision
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 KID_SEED = 2020  # torch-fidelity's, so that equal features give equal figures
-MAX_PRECISION_RECALL = 10_000
-NEIGHBOURS = 3
 _BLOCK = 1024
 
 
@@ -216,24 +214,3 @@ def kernel_distance(
         first, second, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
     )
     return KernelDistance(float(result[KEY_METRIC_KID_MEAN]), float(result[KEY_METRIC_KID_STD]), subsets, size)
-
-
-def precision_recall(samples: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Return improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991), 3 neighbours, in [0, 1].
-
-    Precision is the part of the samples that lies within the reference's manifold, recall the reverse. Both depend on
-    the sizes of the sets, and the distance matrix limits these to :data:`MAX_PRECISION_RECALL`.
-    """
-    largest, smallest = max(len(samples), len(reference)), min(len(samples), len(reference))
-    if largest > MAX_PRECISION_RECALL or smallest <= NEIGHBOURS:
-        raise WavelatentError(
-            f"precision and recall need {NEIGHBOURS + 1} to {MAX_PRECISION_RECALL} images on each side, "
-            f"got {len(samples)} and {len(reference)}"
-        )
-    ensure_torchvision()
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
-    result = prc_features_to_metric(
-        samples, reference, prc_neighborhood=NEIGHBOURS, prc_batch_size=2000, save_cpu_ram=True, verbose=False
-    )
-    return float(result[KEY_METRIC_PRECISION]), float(result[KEY_METRIC_RECALL])

@@ -1,12 +1,16 @@
 """Our figures are those of torch-fidelity and of pytorch-fid on the same features."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from wavelatent.common.feature_distances import FeatureStatistics, FrechetReference, frechet_distance, kernel_distance
+from wavelatent.common.inception import InceptionFeatures, extract_features
 from wavelatent.common.manifolds import manifold_figures
+from wavelatent.common.metric_weights import MissingWeightsError, inception_weights
 from wavelatent.common.torchvision_import import ensure_torchvision
 
 DIM = 64
@@ -40,16 +44,61 @@ def test_fid_is_torch_fidelitys(count):
     assert FrechetReference(reference).distance(samples) == pytest.approx(theirs, rel=1e-6)
 
 
-def test_fid_is_pytorch_fids():
-    """Its statistics are numpy's mean and covariance, its root of the product scipy's Schur method."""
+def pytorch_fids_distance(first: Tensor, second: Tensor, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Its arithmetic: numpy's mean and covariance, the root of the product by scipy's Schur method."""
     ensure_torchvision()
-    fid_score = pytest.importorskip("pytorch_fid.fid_score")
+    from pytorch_fid import fid_score
+
+    root = fid_score.linalg.sqrtm  # it asks for an error estimate that scipy 1.18 no longer gives, and ignores it
+    monkeypatch.setattr(
+        fid_score.linalg, "sqrtm", lambda matrix, disp=True: root(matrix) if disp else (root(matrix), 0)
+    )
     moments = [
         moment
-        for features in (SAMPLES.double().numpy(), REFERENCE.double().numpy())
+        for features in (first.double().numpy(), second.double().numpy())
         for moment in (features.mean(axis=0), np.cov(features, rowvar=False))
     ]
-    assert ours() == pytest.approx(float(fid_score.calculate_frechet_distance(*moments)), rel=1e-6)
+    return float(fid_score.calculate_frechet_distance(*moments))
+
+
+def test_fid_is_pytorch_fids(monkeypatch):
+    assert ours() == pytest.approx(pytorch_fids_distance(SAMPLES, REFERENCE, monkeypatch), rel=1e-6)
+
+
+def test_figures_of_the_same_images_are_those_of_the_libraries(monkeypatch):
+    """From uint8 images on, each through its own network; of Inception's layers the cheapest."""
+    ensure_torchvision()
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    try:
+        weights = inception_weights()
+    except MissingWeightsError as error:
+        pytest.skip(str(error))
+    draw = torch.Generator().manual_seed(3)
+    images = [
+        torch.randint(*limits, (68, 3, 37, 29), dtype=torch.uint8, generator=draw) for limits in ((0, 200), (40, 256))
+    ]
+    extractor = InceptionFeatures(layer="64")
+    first, second = (extract_features(extractor, batch.split(33)) for batch in images)
+    network = torch_fidelitys_network(weights.tensors)
+    with torch.no_grad():
+        theirs = [torch.cat([network(part)[0] for part in batch.split(16)]).double() for batch in images]
+    fid = fid_statistics_to_metric(*map(fid_features_to_statistics, theirs), verbose=False)
+    figure = frechet_distance(FeatureStatistics.of(first), FeatureStatistics.of(second))
+    assert figure == pytest.approx(fid["frechet_inception_distance"], rel=1e-3)
+    assert figure == pytest.approx(pytorch_fids_distance(*theirs, monkeypatch), rel=1e-3)
+    kid = kid_features_to_metric(*theirs, kid_subset_size=34, verbose=False)
+    assert kernel_distance(first, second).mean == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-3)
+
+
+def torch_fidelitys_network(tensors: dict[str, Tensor]) -> torch.nn.Module:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    state = io.BytesIO()
+    torch.save({**tensors, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, state)
+    state.seek(0)
+    return FeatureExtractorInceptionV3("example", ["64"], feature_extractor_weights_path=state)
 
 
 @pytest.mark.parametrize("size", [None, 100])

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 
@@ -8,7 +7,6 @@ from wavelatent.common.feature_distances import (
     FrechetReference,
     frechet_distance,
     kernel_distance,
-    precision_recall,
 )
 from wavelatent.common.torchvision_import import ensure_torchvision
 
@@ -153,14 +151,3 @@ def test_kernel_distance_of_small_sets_has_a_spread_and_repeats():
     assert result == kernel_distance(first, second)
     with pytest.raises(WavelatentError, match="more images"):
         kernel_distance(first[:3], second[:3])
-
-
-def test_precision_and_recall_count_who_lies_in_the_others_manifold():
-    reference = torch.cat([_normal(20, 3, seed=0), _normal(20, 3, seed=1, shift=100.0)])
-    one_mode_and_outliers = torch.cat([reference[:20], _normal(20, 3, seed=2, shift=-500.0)])
-    precision, recall = precision_recall(one_mode_and_outliers, reference)
-    assert precision == pytest.approx(0.5)
-    assert recall == pytest.approx(0.5)
-    assert np.allclose(precision_recall(reference, reference), 1.0)
-    with pytest.raises(WavelatentError, match="4 to 10000"):
-        precision_recall(reference[:3], reference)
