@@ -34,12 +34,12 @@ GLOBAL_SHARE, GLOBAL_STRENGTH = 0.25, 1.0
 
 
 class Influence(NamedTuple):
-    """What moving each of ``K`` cells does, the mean over images.
+    """What moving each of ``K`` cells does, each figure the mean over images.
 
     Attributes:
         total: squared change of the picture, ``[K]``.
         far: the part of it that falls far away, ``[K]``.
-        radius: pixels from the cell's centre within which `CONTAINED` of it lies, ``[K]``; the median over images.
+        radius: pixels from the cell's centre within which `CONTAINED` of it lies, ``[K]``.
         far_pixels: share of the picture that counts as far, ``[K]``.
     """
 
@@ -114,43 +114,43 @@ def _cells(height: int, width: int, side: int) -> Tensor:
 
 def _spread(height: int, width: int) -> Tensor:
     """Return masks ``[K, h, w]`` of single sites that are evenly spread over the latent."""
-    masks = []
-    for row in range(min(RADIUS_SITES, height)):
-        for column in range(min(RADIUS_SITES, width)):
-            mask = torch.zeros(height, width, dtype=torch.bool)
-            mask[
-                (2 * row + 1) * height // (2 * min(RADIUS_SITES, height)),
-                (2 * column + 1) * width // (2 * min(RADIUS_SITES, width)),
-            ] = True
-            masks.append(mask)
-    return torch.stack(masks)
+    rows, columns = _evenly(height), _evenly(width)
+    masks = torch.zeros(len(rows), len(columns), height, width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            masks[i, j, row, column] = True
+    return masks.flatten(0, 1)
+
+
+def _evenly(length: int) -> list[int]:
+    count = min(RADIUS_SITES, length)
+    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
 
 
 def _influence(passes: Passes, whiten: Whitening, data: LatentData, cells: Tensor, factor: int) -> Influence:
+    """Move every cell of ``cells [K, h, w]`` in every image."""
+    clean = passes.decode(data.mean)
+    # Block by block: distances and changes of all cells at once would be gigabytes for large images.
+    blocks = [_moved(passes, whiten, data, clean, block, factor) for block in cells.split(passes.batch_size)]
+    return Influence(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+
+
+def _moved(passes: Passes, whiten: Whitening, data: LatentData, clean: Tensor, cells: Tensor, factor: int) -> Influence:
     distance = _distances(cells, factor)
-    _, height, width = cells.shape
-    limit = max(FAR * factor * max(height, width), MIN_FAR_SITES * factor)
-    far = distance > limit
+    sides = [factor * side for side in cells.shape[1:]]
+    far = distance > max(FAR * max(sides), MIN_FAR_SITES * factor)
     order = distance.flatten(1).argsort(dim=1)
+    latents = whiten(data.mean)
+    signs = torch.randint(2, latents.shape[1:], generator=generator("locality")).mul(2).sub(1).float()
     totals, fars, radii = [], [], []
-    for mean in data.mean:
-        latent = whiten(mean[None])
-        clean = passes.decode(mean[None])
-        signs = torch.randint(2, latent.shape, generator=generator("locality")).mul(2).sub(1).float()
-        change = []
-        for block in cells.split(passes.batch_size):
-            decoded = passes.decode(whiten.inverse(latent + signs * block[:, None]))
-            change.append((decoded - clean).double().square().sum(dim=1))
-        changes = torch.cat(change)  # [K, H, W]
-        totals.append(changes.sum(dim=(1, 2)))
-        fars.append((changes * far).sum(dim=(1, 2)))
-        radii.append(_radius(changes.flatten(1), distance.flatten(1), order))
-    return Influence(
-        torch.stack(totals).mean(dim=0),
-        torch.stack(fars).mean(dim=0),
-        torch.stack(radii).median(dim=0).values,
-        far.double().mean(dim=(1, 2)),
-    )
+    for latent, unmoved in zip(latents, clean, strict=True):
+        decoded = passes.decode(whiten.inverse(latent + signs * cells[:, None]))
+        change = (decoded - unmoved).double().square().sum(dim=1)  # [K, H, W]
+        totals.append(change.sum(dim=(1, 2)))
+        fars.append((change * far).sum(dim=(1, 2)))
+        radii.append(_radius(change.flatten(1), distance.flatten(1), order))
+    means = (torch.stack(values).mean(dim=0) for values in (totals, fars, radii))
+    return Influence(*means, far.double().mean(dim=(1, 2)))
 
 
 def _distances(cells: Tensor, factor: int) -> Tensor:
