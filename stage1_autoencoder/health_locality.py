@@ -8,6 +8,7 @@ gets everything a little wrong. This section looks for such sites and shows the 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,9 @@ CONTAINED = 0.9
 """Share of the squared change within the influence radius."""
 FAR, MIN_FAR_SITES = 0.25, 2.5
 """Far is further from the moved cell's centre than this share of the image's longer side, and than this many sites."""
-MOST_NAMED = 5
 GLOBAL_SHARE, GLOBAL_STRENGTH = 0.25, 1.0
+"""Above which share of a cell's change falls far away, and how much that is against the median cell's whole change."""
+MOST_NAMED = 5
 
 
 class Influence(NamedTuple):
@@ -47,6 +49,21 @@ class Influence(NamedTuple):
     far: Tensor
     radius: Tensor
     far_pixels: Tensor
+
+    @property
+    def far_share(self) -> Tensor:
+        """Share of each cell's change that falls far away, ``[K]``; 0 of a cell that changes nothing."""
+        return torch.where(self.total > 0, self.far / self.total, 0.0)
+
+    @property
+    def strength(self) -> Tensor:
+        """What each cell changes far away, in units of what the median one changes in all, ``[K]``."""
+        return self.far / self.total.median().clamp(min=torch.finfo(self.total.dtype).tiny)
+
+    def global_cells(self) -> Tensor:
+        """Return the numbers of the cells that move the whole picture, the strongest first."""
+        found = ((self.far_share > GLOBAL_SHARE) & (self.strength > GLOBAL_STRENGTH)).nonzero().flatten()
+        return found[self.strength[found].argsort(descending=True)]
 
 
 def locality(autoencoder: Coder, data: LatentData, *, batch_size: int, lpips: Lpips | None) -> Section:
@@ -67,41 +84,42 @@ def locality(autoencoder: Coder, data: LatentData, *, batch_size: int, lpips: Lp
     whiten, factor, passes = whitening_of(data), factor_of(data), Passes(autoencoder, batch_size)
     height, width = data.mean.shape[-2:]
     side = math.ceil(math.sqrt(height * width / MAX_CELLS))
+    columns = math.ceil(width / side)
     moved = subset(data, IMAGES)
-    cells = _cells(height, width, side)
-    influence = _influence(passes, whiten, moved, cells, factor)
+    influence = _influence(passes, whiten, moved, _cells(height, width, side), factor)
     single = influence if side == 1 else _influence(passes, whiten, moved, _spread(height, width), factor)
     radius = single.radius.median().item()
-    shape = (math.ceil(height / side), math.ceil(width / side))
-    share = torch.where(influence.total > 0, influence.far / influence.total, 0.0)
-    strength = influence.far / influence.total.median().clamp(min=torch.finfo(torch.float64).tiny)
-    is_global = (share > GLOBAL_SHARE) & (strength > GLOBAL_STRENGTH)
-    found = is_global.nonzero().flatten()
-    found = found[strength[found].argsort(descending=True)]
-    energy = whiten(data.mean).double().square().mean(dim=(0, 1))
+    found = influence.global_cells()
+    strongest = influence.strength[found[0]].item() if len(found) else 0.0
     figures: dict[str, Figure] = {
         "images": len(moved.images),
         "cell_sites": side,
         "radius_pixels": radius,
         "radius_sites": radius / factor,
-        "far_share_median": share.median().item(),
-        "far_share_max": share.max().item(),
+        "far_share_median": influence.far_share.median().item(),
+        "far_share_max": influence.far_share.max().item(),
         "global_sites": len(found),
-        "global_rows": (found // shape[1] * side).tolist()[:MOST_NAMED],
-        "global_columns": (found % shape[1] * side).tolist()[:MOST_NAMED],
-        **_energy_figures(energy),
+        "global_rows": (found // columns * side).tolist()[:MOST_NAMED],
+        "global_columns": (found % columns * side).tolist()[:MOST_NAMED],
     }
-    plots = [
-        Plot("Share of a site's influence that falls far away", {"share": share.reshape(shape).tolist()}, kind="image"),
-        Plot("Energy of the latents by site", {"energy": energy.tolist()}, kind="image"),
-    ]
+    share_map = influence.far_share.reshape(-1, columns).tolist()
+    plots = [Plot("Share of a site's influence that falls far away", {"share": share_map}, kind="image")]
+    judged = influence.far_pixels.median().item() > GLOBAL_SHARE  # a site spread evenly would be found
+    verdict = _verdict(figures, strongest, factor, judged)
+    more_figures, more_plots = _concentration(data, whiten)
+    return Section("locality", figures | more_figures, [verdict], plots + more_plots)
+
+
+def _concentration(data: LatentData, whiten: Whitening) -> tuple[dict[str, Figure], list[Plot]]:
+    """Return figures and maps of energy, and of the posterior's variance where there is one."""
+    energy = whiten(data.mean).double().square().mean(dim=(0, 1))
+    figures = _energy_figures(energy)
+    plots = [Plot("Energy of the latents by site", {"energy": energy.tolist()}, kind="image")]
     if data.std is not None:
         logvar = 2 * data.std.double().clamp(min=torch.finfo(torch.float32).tiny).log().mean(dim=(0, 1))
         figures |= {"logvar_site_min": logvar.min().item(), "logvar_site_max": logvar.max().item()}
         plots.append(Plot("Mean log-variance of the posterior by site", {"logvar": logvar.tolist()}, kind="image"))
-    judged = influence.far_pixels.median().item() > GLOBAL_SHARE  # a site spread evenly would be found
-    strongest = strength[found[0]].item() if len(found) else 0.0
-    return Section("locality", figures, [_verdict(figures, len(found), strongest, factor, judged)], plots)
+    return figures, plots
 
 
 def _cells(height: int, width: int, side: int) -> Tensor:
@@ -149,8 +167,8 @@ def _moved(passes: Passes, whiten: Whitening, data: LatentData, clean: Tensor, c
         totals.append(change.sum(dim=(1, 2)))
         fars.append((change * far).sum(dim=(1, 2)))
         radii.append(_radius(change.flatten(1), distance.flatten(1), order))
-    means = (torch.stack(values).mean(dim=0) for values in (totals, fars, radii))
-    return Influence(*means, far.double().mean(dim=(1, 2)))
+    total, far_total, radius = (torch.stack(values).mean(dim=0) for values in (totals, fars, radii))
+    return Influence(total, far_total, radius, far.double().mean(dim=(1, 2)))
 
 
 def _distances(cells: Tensor, factor: int) -> Tensor:
@@ -187,8 +205,8 @@ def _energy_figures(energy: Tensor) -> dict[str, Figure]:
     }
 
 
-def _verdict(figures: dict[str, Any], count: int, strongest: float, factor: int, judged: bool) -> Verdict:
-    side = figures["cell_sites"]
+def _verdict(figures: Mapping[str, Any], strongest: float, factor: int, judged: bool) -> Verdict:
+    side, count = figures["cell_sites"], figures["global_sites"]
     what = "site" if side == 1 else f"cell of {side}x{side} sites"
     reach = f"90 % of a site's influence lies within {figures['radius_pixels']:.1f} px ({factor} px per site)"
     level: Level = "ok"
