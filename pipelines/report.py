@@ -11,12 +11,12 @@ from ..common.files import write_atomically
 from .pages import render
 from .report_figures import Figure, curve_figures, interval_figures
 from .report_health import LEVELS, Health, health_link, health_of, health_record, health_rows
-from .report_latents import Latents, latent_record, latents_of
+from .report_latents import Latents, distinct_latents, latent_record, latents_of
 from .report_metrics import Cell, evaluation_notes, footnotes, metric_rows, metric_tables, protocol_table, summary
 from .report_paths import shorten
 from .report_pictures import data_uri
 from .report_reconstructions import reconstruction_strips, worst_strips
-from .report_runs import Run, Variant, read_variants
+from .report_runs import Run, Variant, by_run, read_variants
 from .report_samples import sample_sheets
 from .report_tables import (
     COST_HEAD,
@@ -85,7 +85,7 @@ def report(
         curves=[(STAGES[stage], _with_uris(curve_figures(found))) for stage, found in by_stage.items()],
         progress=progress_table(by_stage[2]),
         objectives=len({str(run.config.get("objective")) for run in by_stage[2].values()}),
-        latents=[(name, found, _uri(found.figure)) for name, found in latents.items() if found],
+        latents=[(name, item, _uri(item.figure)) for name, item in distinct_latents(variants, latents).items()],
         health={name: (found, health_link(found, out)) for name, found in health.items() if found},
         undiagnosed=[name for name, found in health.items() if not found],
         health_rows=health_rows(health),
@@ -104,12 +104,9 @@ def report(
 
 
 def _runs_by_name(variants: Sequence[Variant], stage: int) -> dict[str, Run]:
-    """Return the runs of one stage by the variant they are shown under first."""
-    runs: dict[Path, tuple[str, Run]] = {}
-    for variant in variants:
-        if (run := variant.stage(stage)) is not None:
-            runs.setdefault(run.path, (variant.name, run))
-    return dict(runs.values())
+    """Return the runs of one stage by the names of the variants that share them."""
+    found = {name: variant.stage(stage) for name, variant in by_run(variants, stage).items()}
+    return {name: run for name, run in found.items() if run is not None}
 
 
 def _with_uris(figures: Iterable[Figure]) -> list[tuple[Figure, str]]:

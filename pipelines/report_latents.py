@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..common.latents import Whitening
 from ..common.randomness import generator
 from .diffusion_run import inputs_of
 from .report_figures import Canvas, Figure
-from .report_runs import Variant
+from .report_runs import Variant, joined
 
 LATENTS = 512
 """Images whose latents the histograms are drawn from."""
@@ -54,6 +55,17 @@ def latents_of(variant: Variant) -> Latents | None:
     saturated = None if bound is None else float((raw.abs() > SATURATED * bound).float().mean())
     note = f"drawn from the posteriors of {len(raw)} of {len(cache):,} cached images"
     return Latents(channels, _histograms(variant.name, raw, white, bound), saturated, note)
+
+
+def distinct_latents(variants: Sequence[Variant], latents: Mapping[str, Latents | None]) -> dict[str, Latents]:
+    """Return the latents of each cache and whitening once, by the names of the variants that were trained on them."""
+    sharing: dict[tuple[str, str], list[str]] = {}
+    for variant in variants:
+        if (run := variant.second) is not None:
+            key = (run.inputs["latents"]["fingerprint"], str(run.config["whitening"]))
+            sharing.setdefault(key, []).append(variant.name)
+    found = {joined(names): latents[names[0]] for names in sharing.values()}
+    return {name: item for name, item in found.items() if item is not None}
 
 
 def _draw(cache: LatentCache) -> Tensor:

@@ -201,12 +201,12 @@ def summary(variants: Sequence[Variant], rows: Sequence[Mapping[str, Cell]]) -> 
     lines += _sample_sizes(variants)
     cells = [cell for row in rows for cell in row.values()]
     if len(variants) > 1:
-        measured = "The intervals say how much a figure depends on the images that were measured, and no more: "
+        intervals = any(cell.interval for cell in cells)
         lines.append(
-            "No variant is claimed to be better than another. Each was trained once. "
-            + (measured if any(cell.interval for cell in cells) else "")
-            + "the same training with another seed would move every figure by an unknown amount. Showing a difference "
-            "takes several seeds per variant."
+            "No variant is claimed to be better than another. Each was trained once, and the same training with "
+            "another seed would move every figure by an unknown amount"
+            + (": the intervals say how much it depends on the images that were measured, no more" if intervals else "")
+            + ". Showing a difference takes several seeds per variant."
         )
     if any(cell.differing for cell in cells):
         lines.append(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..common.errors import WavelatentError
 from ..common.images import open_data, read_batch, to_uint8
 from ..common.reference_features import choose_images
 from .report_pictures import GAP, Picture, Pixels, last_grid, read_pixels, tile
-from .report_runs import Run, Variant
+from .report_runs import Run, Variant, by_run
 
 RECONSTRUCTIONS = 8
 WORST = "worst-reconstructions.png"
@@ -41,28 +40,21 @@ def reconstruction_strips(
     """
     strips: list[Picture] = []
     shown: Pixels | None = None
-    for variant in _each_autoencoder(variants):
+    for name, variant in by_run(variants, 1).items():
         row = reconstruction(variant, data, max_bad_fraction)
         if row.originals is None or row.reconstructions is None:
-            strips.append(Picture(variant.name, missing=row.source))
+            strips.append(Picture(name, missing=row.source))
             continue
         if shown is None or shown.shape != row.originals.shape or (shown != row.originals).any():
             shown = row.originals
             strips.append(Picture.of("originals", row.source, shown, "Original images"))
-        alt = f"The same images, encoded and decoded by {variant.name}"
-        strips.append(Picture.of(variant.name, row.model, row.reconstructions, alt))
-    return strips
+        alt = f"The same images, encoded and decoded by {name}"
+        strips.append(Picture.of(name, row.model, row.reconstructions, alt))
+    return strips + _without_autoencoder(variants)
 
 
-def _each_autoencoder(variants: Sequence[Variant]) -> list[Variant]:
-    """Return the variants without those whose stage-1 run has been among them already."""
-    done: set[Path] = set()
-    found = []
-    for variant in variants:
-        if variant.first is None or variant.first.path not in done:
-            found.append(variant)
-            done |= {variant.first.path} if variant.first else set()
-    return found
+def _without_autoencoder(variants: Sequence[Variant]) -> list[Picture]:
+    return [Picture(variant.name, missing="there is no stage-1 run") for variant in variants if variant.first is None]
 
 
 def reconstruction(variant: Variant, data: str | None, max_bad_fraction: float = 0.01) -> Reconstruction:
@@ -107,20 +99,17 @@ def worst_strips(variants: Sequence[Variant]) -> list[Picture]:
     Nothing is reconstructed here, and no picture of another folder is shown.
     """
     strips = []
-    for variant in _each_autoencoder(variants):
+    for name, variant in by_run(variants, 1).items():
         run = variant.first
-        if run is None:
-            strips.append(Picture(variant.name, missing="there is no stage-1 run"))
-            continue
-        if run.evaluation is None:
-            strips.append(Picture(variant.name, missing="not measured"))
+        if run is None or run.evaluation is None:
+            strips.append(Picture(name, missing="not measured"))
         elif (image := read_pixels(run.evaluation_folder / WORST)) is None:
-            strips.append(Picture(variant.name, missing=f"there is no {WORST} beside its metrics"))
+            strips.append(Picture(name, missing=f"there is no {WORST} beside its metrics"))
         else:
             what = worst_caption(run.evaluation)
-            alt = f"The images that {variant.name} reconstructs worst, the originals above: {what}"
-            strips.append(Picture.of(variant.name, what, image, alt))
-    return strips
+            alt = f"The images that {name} reconstructs worst, the originals above: {what}"
+            strips.append(Picture.of(name, what, image, alt))
+    return strips + _without_autoencoder(variants)
 
 
 def worst_caption(evaluation: Mapping[str, Any]) -> str:

@@ -156,6 +156,20 @@ def read_variants(paths: Sequence[Path]) -> list[Variant]:
     return variants
 
 
+def by_run(variants: Sequence[Variant], stage: int) -> dict[str, Variant]:
+    """Return one variant for every run of one stage, by the names of all that share the run; others are left out."""
+    sharing: dict[Path, list[Variant]] = {}
+    for variant in variants:
+        if (run := variant.stage(stage)) is not None:
+            sharing.setdefault(run.path.resolve(), []).append(variant)
+    return {joined([variant.name for variant in group]): group[0] for group in sharing.values()}
+
+
+def joined(names: Sequence[str]) -> str:
+    """Return the names of variants that share something, as a heading."""
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
+
+
 def _run_of_samples(path: Path) -> Path:
     """Return the run that a folder of samples records; a path that is no such folder is returned as it is."""
     recorded = read_json(path / MANIFEST).get("run")

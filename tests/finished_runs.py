@@ -124,3 +124,10 @@ def write_health(path: Path, **levels: str) -> Path:
 def result(**changes: Any) -> dict[str, Any]:
     """Return :data:`RECONSTRUCTION` with another protocol."""
     return {**RECONSTRUCTION, "protocol": {**RECONSTRUCTION["protocol"], **changes}}  # type: ignore[dict-item]
+
+
+def write_two(root: Path) -> tuple[Path, Path]:
+    """Write a whole variant and a stage-1 run by itself; return the stage-2 run of the one, and the other."""
+    first = write_first(root / "one", bottleneck={"kind": "bounded", "bound": 3.0})
+    write(first / "evaluation-reconstruction" / "metrics.json", RECONSTRUCTION)
+    return write_second(root / "one-diffusion", first), write_first(root / "two")

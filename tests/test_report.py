@@ -3,76 +3,41 @@
 import base64
 import io
 import json
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from finished_runs import (
-    MEASURED,
     RECONSTRUCTION,
     SIDE,
     TINY,
     colour,
-    result,
     write,
     write_first,
     write_health,
     write_samples,
     write_second,
+    write_two,
 )
+from html_page import parse
 from PIL import Image
 
 from wavelatent.common.errors import UsageError
-from wavelatent.pipelines.info import info
 from wavelatent.pipelines.report import report
-from wavelatent.pipelines.report_figures import curve_figures, interval_figures
 from wavelatent.pipelines.report_health import health_of, health_rows
+from wavelatent.pipelines.report_latents import distinct_latents, latents_of
 from wavelatent.pipelines.report_metrics import metric_rows
 from wavelatent.pipelines.report_paths import hide_paths, shorten
 from wavelatent.pipelines.report_pictures import LARGEST_PNG, embed, tile, untile
-from wavelatent.pipelines.report_reconstructions import worst_strips
-from wavelatent.pipelines.report_runs import Run, Variant, read_variants
+from wavelatent.pipelines.report_reconstructions import reconstruction_strips, worst_strips
+from wavelatent.pipelines.report_runs import by_run, read_variants
 from wavelatent.pipelines.report_samples import sample_sheets
-from wavelatent.pipelines.report_tables import COST_HEAD, cost_rows, progress_table, sampling_flops
 from wavelatent.stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
-
-
-@dataclass
-class Page(HTMLParser):
-    """What a test asks of a page."""
-
-    tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    text: str = ""
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    @property
-    def images(self) -> list[dict[str, str | None]]:
-        return [attributes for tag, attributes in self.tags if tag == "img"]
-
-
-def parse(path: Path) -> Page:
-    page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    return page
 
 
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[Path, Path]:
-    """A whole variant and a stage-1 run by itself; returns the stage-2 run of the one, and the other."""
-    first = write_first(tmp_path / "one", bottleneck={"kind": "bounded", "bound": 3.0})
-    write(first / "evaluation-reconstruction" / "metrics.json", RECONSTRUCTION)
-    return write_second(tmp_path / "one-diffusion", first), write_first(tmp_path / "two")
+    return write_two(tmp_path)
 
 
 def test_the_page_needs_nothing_but_itself(two: tuple[Path, Path], tmp_path: Path) -> None:
@@ -83,6 +48,7 @@ def test_the_page_needs_nothing_but_itself(two: tuple[Path, Path], tmp_path: Pat
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}
     assert "url(" not in text
     assert "@import" not in text
+    assert str(tmp_path.parent) not in text  # whose machine it is
     for tag, attributes in page.tags:
         for name in ("src", "srcset", "action"):
             value = attributes.get(name)
@@ -118,34 +84,6 @@ def test_every_variant_and_every_gap_is_named(two: tuple[Path, Path], tmp_path: 
     assert set(other["not_computed"]) == {
         "psnr", "ssim", "lpips", "rfid", "fid", "kid_mean", "precision", "recall"
     }  # fmt: skip
-
-
-def test_only_what_another_protocol_defines_is_not_comparable(two: tuple[Path, Path], tmp_path: Path) -> None:
-    first, second = tmp_path / "one", two[1]
-
-    def marked(**changes: Any) -> dict[str, str]:
-        write(second / "evaluation-reconstruction" / "metrics.json", result(**changes))
-        row = metric_rows(read_variants([first, second]))[1]
-        return {key: cell.not_comparable for key, cell in row.items() if cell.not_comparable}
-
-    assert marked(autoencoder={"path": "two", "fingerprint": "b" * 64, "mixed_precision": "no"}) == {}
-    assert marked(lpips_net="vgg") == {"lpips": "not comparable with one: lpips_net (vgg against alex)"}
-    assert marked(weights_sha256="def").keys() == {"rfid"}
-    assert marked(num_samples=32).keys() == {"psnr", "ssim", "lpips", "rfid"}
-    assert marked(autoencoder={"path": "two", "fingerprint": "b" * 64, "mixed_precision": "bf16"}).keys() == {
-        "psnr", "ssim", "lpips", "rfid"
-    }  # fmt: skip
-    page = parse(report([first, second], tmp_path / "report"))
-    assert "not comparable with one: autoencoder.mixed_precision (bf16 against no)" in page.text
-    assert page.text.count("not comparable") > 4
-
-
-def test_a_metric_that_could_not_be_computed_says_why(two: tuple[Path, Path], tmp_path: Path) -> None:
-    partial = {**result(), "metrics": {"psnr": 20.0}, "not_computed": {"rfid": "no weights here"}}
-    write(two[1] / "evaluation-reconstruction" / "metrics.json", partial)
-    page = parse(report([two[1]], tmp_path / "report"))
-    assert "two - rFID: not computed: no weights here" in page.text
-    assert "20.00" in page.text
 
 
 def test_runs_become_variants(two: tuple[Path, Path], tmp_path: Path) -> None:
@@ -253,39 +191,6 @@ def test_folders_of_samples_are_shown_side_by_side(two: tuple[Path, Path], tmp_p
         read_variants([guided])
 
 
-def test_intervals_stand_beside_their_figures(two: tuple[Path, Path], tmp_path: Path) -> None:
-    first, second = tmp_path / "one", two[1]
-    metrics = {**RECONSTRUCTION["metrics"], "rfid_interval": [31.04, 35.55], "psnr_interval": None}
-    metrics |= {"rfid_extrapolated": 25.126, "fd_dinov2": 301.25, "fd_dinov2_interval": [290, 312]}
-    write(first / "evaluation-reconstruction" / "metrics.json", {**RECONSTRUCTION, "metrics": metrics})
-    write(second / "evaluation-reconstruction" / "metrics.json", result(weights_sha256="other"))
-    variants = read_variants([first, second])
-    rows = metric_rows(variants)
-    assert rows[0]["rfid"].interval == (31.04, 35.55)
-    assert rows[0]["psnr"].interval is None
-    assert (rows[0]["rfd_dinov2"].text, rows[0]["rfd_dinov2"].interval) == ("301.2", (290, 312))
-    figure, _ = interval_figures([variant.name for variant in variants], rows)
-    assert "one 33.25 between 31.04 and 35.55; two 33.25 without interval, not comparable" in figure.alt
-    page = parse(report([first, second], tmp_path / "report"))
-    assert "[31.04, 35.55]N → ∞: 25.13" in page.text
-    assert "not comparable: weights_sha256" in page.text
-    assert "The intervals say how much a figure depends on the images that were measured, and no more" in page.text
-    record = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert record["variants"][0]["intervals"] == {"rfid": [31.04, 35.55], "rfd_dinov2": [290, 312]}
-    assert record["variants"][0]["extrapolated"] == {"rfid": 25.126}
-
-
-def test_optional_metrics_are_columns_only_where_there_are_any(two: tuple[Path, Path]) -> None:
-    second = two[0]
-    file = second / "evaluation-generation" / "metrics.json"
-    write(file, {"metrics": {"fid": 9.0}, "not_computed": {"density": "too few"}, "protocol": {}})
-    assert "density" not in metric_rows(read_variants([second]))[0]
-    write(file, {"metrics": {"fid": 9.0, "density": 0.875}, "protocol": {}})
-    row = metric_rows(read_variants([second]))[0]
-    assert row["density"].text == "0.875"
-    assert "fd_dinov2" not in row
-
-
 def test_faults_of_the_latents_stand_first_and_link_to_their_page(two: tuple[Path, Path], tmp_path: Path) -> None:
     first, second = tmp_path / "one", two[1]
     write_health(first / "latent-health", saturation="ok", dead_channel="note", heavy_tail="ok")
@@ -312,54 +217,6 @@ def test_health_of_another_autoencoder_is_doubted(two: tuple[Path, Path]) -> Non
     health = health_of(read_variants(two[1:])[0])
     assert health is not None
     assert health.doubt == "two: the autoencoder has changed since it was diagnosed; run diagnose again"
-
-
-def test_progress_and_cost_of_stage_two(two: tuple[Path, Path], tmp_path: Path) -> None:
-    second = two[0]
-    lines = [{"step": s, "images": 8 * s, "seconds": 2.0 * s, "validation/loss": v} for s, v in ((10, 0.25), (20, 0.5))]
-    write(second / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    write(second / "best" / "best.json", {"step": 10, "validation/loss": 0.25})
-    protocol = {"evaluations": 35, "sampler": "heun", "steps": 18, "guidance": 1.0, "ema": 0.05}
-    write(second / "evaluation-generation" / "metrics.json", {"metrics": {"fid": 9.0}, "protocol": protocol})
-    (variant,) = read_variants([second])
-    head, rows = progress_table({"one": second_of(variant)})
-    assert dict(zip(head, rows[0], strict=True)) == {
-        "variant": "one",
-        "Validation loss, last": "0.5 at step 20",
-        "Validation loss, best": "0.25 at step 10",
-        "kept as best": "step 10, by Validation loss 0.25",
-        "EMA widths": "0.1, 0.05; measured: 0.05",
-    }
-    denoise = info(str(second))["flops"]["denoise"]
-    assert second_of(variant).flops == {"denoise": denoise}
-    decode = info(str(tmp_path / "one"))["flops"]["decode"]
-    assert sampling_flops(variant) == 35 * denoise + decode
-    row = dict(zip(COST_HEAD, cost_rows([variant])[1], strict=True))
-    assert row["per sample"].startswith("35 evaluations (heun, 18 steps): ")
-    assert (row["training"], row["speed"], row["peak memory"]) == ("40 s (40 s)", "4 / s", "300 MiB")
-    write(
-        second / "evaluation-generation" / "metrics.json",
-        {"protocol": {**protocol, "guidance": 2.0, "guide_sha256": "f"}},
-    )
-    (variant,) = read_variants([second])
-    assert cost_rows([variant])[1][4] == "35 evaluations (heun, 18 steps, guidance 2 by another run)"
-    assert sampling_flops(variant) is None  # how large the other network is does not stand there
-
-
-def second_of(variant: Variant) -> Run:
-    assert variant.second is not None
-    return variant.second
-
-
-def test_losses_by_noise_level_are_one_plot(two: tuple[Path, Path], tmp_path: Path) -> None:
-    second = write_second(tmp_path / "measured", tmp_path / "one", measured=MEASURED)
-    run = second_of(read_variants([second])[0])
-    figures = curve_figures({"one": run})
-    assert [figure.title for figure in figures] == [
-        "Validation loss", "Quick FID (few samples: only within this page)", "Training loss",
-        "Validation loss by noise level, at the end", "Validation loss over steps by noise level",
-    ]  # fmt: skip
-    assert "one 0-0.2: 0.05, 0.2-1: 0.05, 1-5: 0.05, 5-inf: 0.05" in figures[3].alt
 
 
 def test_no_absolute_path_is_left() -> None:
@@ -406,3 +263,15 @@ def test_tiles_come_apart_again() -> None:
     assert grid.shape == (3 * 5 + 2 * 2, 3 * 5 + 2 * 2, 3)
     assert [int(cell[2, 2, 0]) for cell in untile(grid, 3, 7)] == list(range(7))
     assert all(cell.shape == (5, 5, 3) for cell in untile(grid, 3, 7))
+
+
+def test_runs_that_share_an_autoencoder_show_it_once(two: tuple[Path, Path], tmp_path: Path) -> None:
+    first = tmp_path / "one"
+    others = [write_second(tmp_path / f"run-{number}", first) for number in range(3)]
+    variants = read_variants([two[0], *others])
+    assert [strip.name for strip in reconstruction_strips(variants)] == [
+        "originals", "one-diffusion, run-0 and 2 more"
+    ]  # fmt: skip
+    assert list(by_run(variants, 2)) == ["one-diffusion", "run-0", "run-1", "run-2"]
+    found = distinct_latents(variants, {variant.name: latents_of(variant) for variant in variants})
+    assert list(found) == ["one-diffusion, run-0 and 2 more"]
