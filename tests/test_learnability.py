@@ -60,6 +60,15 @@ def test_the_result_is_a_function_of_the_latents_alone():
     assert first == second
 
 
+def test_the_network_grows_with_the_channels_by_its_ends_alone():
+    """By as many weights for every further channel: 3x3 into 32 features, and out of them with a bias."""
+    counts = [
+        learnability(data(flat(20).mean[:, :1].repeat(1, channels, 1, 1)), steps=0).figures["parameters"]
+        for channels in (1, 2, 5)
+    ]
+    assert [count - counts[0] for count in counts] == [0, 577, 4 * 577]
+
+
 def test_the_posterior_is_drawn_from():
     figures = [learnability(data(flat().mean, std), steps=0).figures for std in (None, torch.full((N, C, H, W), 0.5))]
     assert figures[0]["loss_sigma_0-0.2"] != pytest.approx(figures[1]["loss_sigma_0-0.2"], rel=1e-5)
