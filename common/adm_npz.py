@@ -126,7 +126,7 @@ class NpzImages:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps([self._images.shape, self.transform]).encode())
         for start in range(0, len(self), _ROWS):
-            digest.update(np.ascontiguousarray(self._images[start : start + _ROWS]))
+            digest.update(self._images[start : start + _ROWS].tobytes())
         return digest.hexdigest()
 
     def fingerprint(self) -> str:

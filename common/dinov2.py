@@ -80,14 +80,15 @@ def normalised(images: Tensor) -> Tensor:
 def _load(source: str) -> Any:
     try:
         ensure_torchvision()
-        from transformers import AutoConfig, Dinov2Model
+        import transformers
     except ImportError as error:
         raise UsageError(f"transformers cannot be imported ({error}): pip install 'wavelatent[dinov2]'") from error
+    library: Any = transformers  # whose annotations forget that loading may also return what was loaded
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = library.AutoConfig.from_pretrained(source)
         if config.model_type != "dinov2":
             raise UsageError(f"--dinov2 {source} is a {config.model_type}: give a DINOv2, as facebook/dinov2-large is")
-        network, loaded = Dinov2Model.from_pretrained(source, config=config, output_loading_info=True)
+        network, loaded = library.Dinov2Model.from_pretrained(source, config=config, output_loading_info=True)
     except (OSError, ValueError) as error:
         where = "folder" if Path(source).exists() else "folder or hub id within reach"
         raise WavelatentError(

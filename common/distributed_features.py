@@ -201,7 +201,7 @@ class _Work:
         rows = [self.nothing]
         for batch in stoppable(batches, self.stop):
             rows.append(self.make(batch))
-            self.bar.update(min(len(batch) * processes, self.bar.total - self.bar.n))
+            self.bar.update(min(len(batch) * processes, (self.bar.total or 0) - self.bar.n))
         return torch.cat(rows)
 
 

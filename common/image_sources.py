@@ -173,6 +173,10 @@ class CheckedImages:
         """Return the class of image ``index``, or None where the data has no classes."""
         return self.source.label(int(self._usable[index]))
 
+    def name(self, index: int) -> str:
+        """Return what image ``index`` is called, below the root of its data."""
+        return self.source.name(int(self._usable[index]))
+
     def fingerprint(self) -> str:
         """Return the sha256 over the files' bytes, the labels and the transform; names and places do not matter."""
         return self._fingerprint

@@ -114,7 +114,7 @@ def evaluate_reconstruction(
         def measure() -> Result:
             per_image = work.by_figure(values)
             measured = mean_figures(per_image, intervals=intervals)
-            measured.add(features.figures(only_frechet=True, intervals=intervals))
+            measured.add(features.figures(intervals=intervals))
             measured.not_computed.update({**work.not_computed, **missing})
             measured.protocol.update(work.figure_protocol())
             worst = worst_images(work.data, work.indices, per_image)
@@ -223,7 +223,7 @@ def evaluate_generation(
 
         def measure() -> Result:
             measured = Measurement(not_computed=missing, notes=[*source.notes(), *reference.notes()])
-            measured.add(features.figures(only_frechet=(DINOV2,), intervals=intervals))
+            measured.add(features.figures(full="fid", intervals=intervals))
             return _finish(measured, {**protocol, "num_samples": len(source)}, path, begin)
 
         return by_main(accelerator, measure)

@@ -83,15 +83,15 @@ class FeaturePass:
             store.close()
         return torch.cat(values) if values else torch.empty(0, width, dtype=torch.float64)
 
-    def figures(self, *, only_frechet: bool | tuple[str, ...] = (), intervals: bool) -> Measurement:
+    def figures(self, *, full: str | None = None, intervals: bool) -> Measurement:
         """Return the figures of what was collected; in the main process.
 
-        ``only_frechet`` names the networks of which only the Fréchet distance is computed; True is all of them.
+        Of the network ``full`` these are all that :func:`set_figures` knows, of the others the Fréchet distance alone.
         """
         result = Measurement()
         for name, features in self.features.items():
-            few = only_frechet is True or (only_frechet is not False and name in only_frechet)
-            result.add(set_figures(name, features, self.references[name], only_frechet=few, intervals=intervals))
+            only_frechet, reference = name != full, self.references[name]
+            result.add(set_figures(name, features, reference, only_frechet=only_frechet, intervals=intervals))
         return result
 
     def _in_main(self, work: Callable[[], None]) -> None:

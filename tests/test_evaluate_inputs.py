@@ -1,0 +1,307 @@
+"""What ``evaluate`` takes and leaves: ADM's .npz, DINOv2, refused samples, figures per image, intervals, text."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from wavelatent.common import reference_cache
+from wavelatent.common.errors import UsageError, WavelatentError
+from wavelatent.common.evaluation import Result
+from wavelatent.common.feature_distances import FeatureStatistics
+from wavelatent.common.image_metrics import psnr
+from wavelatent.common.images import open_data, to_float, to_uint8
+from wavelatent.common.latents import Posterior
+from wavelatent.common.metric_weights import MissingWeightsError
+from wavelatent.pipelines import evaluate
+from wavelatent.pipelines.comparison import differences
+from wavelatent.pipelines.evaluate import evaluate_generation, evaluate_reconstruction
+from wavelatent.pipelines.evaluation_text import describe, paper_line
+
+SIZE, COUNT = 16, 13
+
+
+class TinyInception:
+    """Six numbers per image: the mean of each half, per channel."""
+
+    name, dim, weights_sha256 = "inception-v3-2015-12-05", 6, "of the stand-in"
+
+    def __init__(self, device: object = "cpu") -> None:
+        pass
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(images.float() / 255, (2, 1)).flatten(1).cpu()
+
+
+class TinyDino(TinyInception):
+    """Three others."""
+
+    name, dim, weights_sha256 = "dinov2-vit-tiny", 3, "of another stand-in"
+
+    def __init__(self, source: str, device: object = "cpu") -> None:
+        assert source == "some/folder"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.float().std(dim=(2, 3)) / 255
+
+
+class HalfSize(nn.Module):
+    """An autoencoder that halves and doubles."""
+
+    downsampling, latent_channels = 2, 3
+
+    def encode(self, images: Tensor) -> Posterior:
+        return Posterior(F.avg_pool2d(images, 2), None)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.interpolate(latents, scale_factor=2)
+
+    def fingerprint(self) -> str:
+        return "half-size"
+
+
+def _missing(*_: object) -> None:
+    raise MissingWeightsError("not here")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(evaluate, "InceptionFeatures", TinyInception)
+    monkeypatch.setattr(evaluate, "Dinov2Features", TinyDino)
+    monkeypatch.setattr(evaluate, "PerceptualDistance", _missing)
+    monkeypatch.setattr(evaluate, "load_autoencoder", lambda spec: HalfSize())
+    monkeypatch.setattr(reference_cache, "cache_folder", lambda: tmp_path / "cache")
+
+
+def _pixels(seed: int, count: int = COUNT) -> np.ndarray:
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    images = F.interpolate(coarse, size=SIZE, mode="bilinear") * 2 - 1
+    return to_uint8(images).permute(0, 2, 3, 1).numpy()
+
+
+def _folder(path: Path, pixels: np.ndarray) -> Path:
+    path.mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(path / f"{number:06d}.png")
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return _folder(tmp_path / "data", _pixels(0))
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    return _folder(tmp_path / "samples", _pixels(1))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_samples_and_reference_may_be_adm_archives(data, samples, tmp_path, save):
+    save(tmp_path / "s.npz", _pixels(1), arr_1=np.zeros(COUNT, np.int64))
+    save(tmp_path / "d.npz", _pixels(0))
+    from_folders = evaluate_generation(samples=samples, data=str(data))
+    from_files = evaluate_generation(samples=tmp_path / "s.npz", data=str(tmp_path / "d.npz"), batch_size=4)
+    for name in ("fid", "kid_mean", "precision", "density", "fid_extrapolated"):
+        assert from_files.metrics[name] == pytest.approx(from_folders.metrics[name], rel=1e-3, abs=1e-9), name
+    assert Result.load(tmp_path / "s.metrics.json") == from_files
+    assert from_files.protocol["num_samples"] == from_files.protocol["num_reference"] == COUNT
+    assert from_files.protocol["crop"] is None, "nobody knows how they were cut"
+    assert evaluate_generation(samples=tmp_path / "s.npz", data=str(data), num=7).protocol["num_samples"] == 7
+    with pytest.raises(WavelatentError, match="holds 13 images, 14 asked for"):
+        evaluate_generation(samples=tmp_path / "s.npz", data=str(data), num=14)
+    reconstruction = evaluate_reconstruction("half", str(tmp_path / "d.npz"), num_images=6)
+    assert reconstruction.metrics["psnr"] == pytest.approx(
+        evaluate_reconstruction("half", str(data), num_images=6).metrics["psnr"]
+    )
+
+
+def _statistics_of(pixels: np.ndarray) -> dict[str, np.ndarray]:
+    statistics = FeatureStatistics.of(TinyInception()(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+    return {"mu": statistics.mean.numpy(), "sigma": statistics.covariance.numpy()}
+
+
+def test_given_statistics_are_accepted_for_fid_alone_and_flagged(data, samples, tmp_path):
+    of_images = evaluate_generation(samples=samples, data=str(data), dinov2="some/folder")
+    np.savez(tmp_path / "stats.npz", **_statistics_of(_pixels(0)))
+    given = str(tmp_path / "stats.npz")
+    result = evaluate_generation(samples=samples, data=given, dinov2="some/folder", out=tmp_path / "out")
+    assert set(result.metrics) == {"fid", "fid_extrapolated"}
+    assert result.metrics["fid"] == pytest.approx(of_images.metrics["fid"], rel=1e-6)
+    others = {"kid_mean", "kid_std", "precision", "recall", "density", "coverage", "fd_dinov2"}
+    assert set(result.not_computed) == others
+    assert "without images" in result.not_computed["kid_mean"]
+    assert "6 features, not 3" in result.not_computed["fd_dinov2"]
+    assert result.protocol["num_reference"] is None
+    assert result.protocol["reference_statistics"]
+    assert any(note.startswith("given-statistics:") for note in result.protocol["notes"])
+    assert any(line.startswith("reference_statistics") for line in differences(of_images, result, "fid"))
+    assert "against given statistics" in describe(result)
+    with pytest.raises(UsageError, match="leave out --num-reference"):
+        evaluate_generation(samples=samples, data=given, num_reference=5)
+    with pytest.raises(UsageError, match="holds statistics: give the images"):
+        evaluate_reconstruction("half", given)
+    with pytest.raises(WavelatentError, match="give it as --data"):
+        evaluate_generation(samples=tmp_path / "stats.npz", data=str(data))
+
+
+def test_an_archive_with_images_and_statistics_gives_fid_by_these_and_the_rest_by_those(samples, tmp_path):
+    np.savez(tmp_path / "both.npz", _pixels(0), **_statistics_of(_pixels(2, 40)))
+    np.savez(tmp_path / "images.npz", _pixels(0))
+    np.savez(tmp_path / "more.npz", _pixels(2, 40))
+    both, images, more = (
+        evaluate_generation(samples=samples, data=str(tmp_path / f"{name}.npz"), intervals=False).metrics
+        for name in ("both", "images", "more")
+    )
+    assert both["fid"] == pytest.approx(more["fid"], rel=1e-6)
+    assert both["fid"] != pytest.approx(images["fid"], rel=1e-2)
+    assert (both["kid_mean"], both["recall"]) == (images["kid_mean"], images["recall"])
+
+
+def test_archives_that_cannot_be_read_are_refused_by_name(data, tmp_path):
+    def refused(match: str) -> None:
+        with pytest.raises(WavelatentError, match=match):
+            evaluate_generation(samples=tmp_path / "bad.npz", data=str(data))
+
+    refused("no such file")
+    (tmp_path / "bad.npz").write_bytes(b"not a zip")
+    refused("cannot be read as .npz")
+    np.savez(tmp_path / "bad.npz", something=np.zeros(3))
+    refused("holds neither arr_0")
+    np.savez(tmp_path / "bad.npz", np.zeros((2, 3, SIZE, SIZE), np.uint8))
+    refused(r"arr_0 is uint8 \[2, 3, 16, 16\], expected uint8 \[N, H, W, 3\]")
+    np.savez(tmp_path / "bad.npz", np.zeros((2, SIZE, SIZE, 3), np.float32))
+    refused("arr_0 is float32")
+    np.savez(tmp_path / "bad.npz", np.array([{}]))
+    refused("Python objects")
+    np.savez(tmp_path / "bad.npz", np.zeros((2, SIZE, SIZE + 2, 3), np.uint8))
+    refused("18x16 px and the reference .* is 16")
+    with pytest.raises(UsageError, match="18x16 px: they are not resized"):
+        evaluate_generation(samples=data, data=str(tmp_path / "bad.npz"))
+
+
+def test_samples_that_are_not_what_their_ending_says_are_refused(data, samples):
+    def refused(match: str) -> None:
+        with pytest.raises(WavelatentError, match=match):
+            evaluate_generation(samples=samples, data=str(data))
+
+    last = samples / f"{COUNT - 1:06d}.png"
+    image = Image.open(last).copy()
+    image.save(last, format="jpeg")
+    refused("000012.png holds JPEG data")
+    image.save(last.with_suffix(".tif"), compression="jpeg")
+    last.unlink()
+    refused("000012.tif holds TIFF data")
+    last.with_suffix(".tif").unlink()
+    for mode, word in (("P", "palette"), ("RGBA", "alpha"), ("LA", "alpha"), ("1", "black and white")):
+        image.convert(mode).save(last)
+        refused(rf"000012.png has mode {mode} \({word}|000012.png has mode {mode} \(a {word}")
+
+
+def test_grey_samples_are_flagged(data, samples):
+    Image.open(samples / "000005.png").convert("L").save(samples / "000005.png")
+    result = evaluate_generation(samples=samples, data=str(data))
+    assert "grey-samples: 1 of the samples are grey (000005.png is the first)" in result.protocol["notes"]
+
+
+def test_dinov2_has_a_name_of_its_own_and_needs_no_inception(data, samples, monkeypatch):
+    without = evaluate_generation(samples=samples, data=str(data))
+    with_both = evaluate_generation(samples=samples, data=str(data), dinov2="some/folder")
+    assert set(with_both.metrics) - set(without.metrics) == {"fd_dinov2", "fd_dinov2_extrapolated"}
+    assert with_both.metrics["fid"] == without.metrics["fid"]
+    assert with_both.intervals["fd_dinov2"][0] <= with_both.metrics["fd_dinov2"] <= with_both.intervals["fd_dinov2"][1]
+    assert with_both.protocol["dinov2"]["features"] == "dinov2-vit-tiny"
+    assert "FD-DINOv2" in paper_line(with_both)
+    again = evaluate_generation(samples=samples, data=str(data), dinov2="some/folder")
+    assert again == with_both, "finished"
+    assert evaluate_reconstruction("half", str(data), dinov2="some/folder").metrics["fd_dinov2"] > 0
+    monkeypatch.setattr(evaluate, "InceptionFeatures", _missing)
+    alone = evaluate_generation(samples=samples, data=str(data), dinov2="some/folder", overwrite=True)
+    assert alone.metrics["fd_dinov2"] == with_both.metrics["fd_dinov2"]
+    assert alone.not_computed["fid"] == "not here"
+    assert "fid" not in alone.metrics
+
+
+def test_every_image_has_its_figures_and_the_worst_are_listed_and_shown(data, tmp_path):
+    noisy = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    Image.fromarray(noisy).save(data / "000007.png")  # which the autoencoder keeps least of
+    result = evaluate_reconstruction("half", str(data), num_images=10, out=tmp_path / "out")
+    images = open_data(str(data))
+    rows = list(csv.DictReader((tmp_path / "out" / "per-image.csv").open()))
+    assert len(rows) == 10
+    assert [int(row["index"]) for row in rows] == sorted(int(row["index"]) for row in rows)
+    original = torch.from_numpy(np.stack([images.image(int(row["index"])) for row in rows])).permute(0, 3, 1, 2)
+    decoded = to_uint8(HalfSize().decode(HalfSize().encode(to_float(original)).mode()))
+    values = [float(row["psnr"]) for row in rows]
+    assert values == pytest.approx(psnr(decoded, original).tolist())
+    assert np.mean(values) == pytest.approx(result.metrics["psnr"])
+    assert rows[3]["name"] == f"{int(rows[3]['index']):06d}.png"
+    worst = result.worst["psnr"]
+    assert len(worst) == 8
+    assert [image["value"] for image in worst] == pytest.approx(sorted(values)[:8])
+    assert (worst[0]["index"], worst[0]["name"]) == (7, "000007.png")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["worst"]["psnr"] == worst
+    with Image.open(tmp_path / "out" / "worst-reconstructions.png") as picture:
+        assert picture.size == (8 * SIZE + 7 * 2, 2 * SIZE + 2)
+        shown = np.asarray(picture)
+    assert np.array_equal(shown[:SIZE, :SIZE], noisy), "the worst original is first, above"
+    place = [int(row["index"]) for row in rows].index(7)
+    assert np.array_equal(shown[SIZE + 2 :, :SIZE], decoded[place].permute(1, 2, 0).numpy())
+    assert "worst by psnr: 000007.png" in describe(result)
+
+
+def test_several_results_in_one_folder_keep_their_figures_apart(data, tmp_path):
+    for count in (4, 6):
+        evaluate_reconstruction("half", str(data), num_images=count, out=tmp_path / f"n{count}.json", intervals=False)
+        assert len((tmp_path / f"n{count}-per-image.csv").read_text().splitlines()) == count + 1
+
+
+def test_without_intervals_there_is_no_interval_nor_extrapolation(data, samples):
+    result = evaluate_generation(samples=samples, data=str(data), intervals=False)
+    assert result.intervals == {}
+    assert "fid_extrapolated" not in result.metrics
+    assert result.protocol["intervals"] is None
+    with_them = evaluate_generation(samples=samples, data=str(data))
+    assert with_them.metrics["fid"] == result.metrics["fid"]
+    assert "fid" in with_them.intervals, "measured again, as it was not asked for before"
+    assert differences(result, with_them) == [], "how sure a figure is does not define it"
+
+
+def test_a_rerun_gives_the_same_bits_whatever_was_cached(data, samples):
+    first, second = (evaluate_generation(samples=samples, data=str(data), overwrite=True) for _ in range(2))
+    assert first.metrics == second.metrics
+    assert first.intervals == second.intervals
+    assert first.protocol == second.protocol
+
+
+def test_the_text_shows_figure_interval_and_n_and_one_line_for_a_paper(data, samples):
+    result = evaluate_generation(samples=samples, data=str(data), num=11)
+    *lines, paper = describe(result).splitlines()
+    fid, (low, high) = result.metrics["fid"], result.intervals["fid"]
+    assert f"fid: {fid:.6g} [{low:.6g}, {high:.6g}]" in lines
+    assert f"N = 11 against {COUNT}" in lines
+    assert any(
+        re.match(r"fid_extrapolated: .* \(estimated for infinitely many samples, error ", line) for line in lines
+    )
+    assert any(line.startswith("warning: small-sample: fid of 11 images") for line in lines)
+    assert paper.startswith(f"FID {fid:.2f} [{low:.2f}, {high:.2f}], KID ")
+    for part in ("Inception 2015-12-05", "16 px", "lanczos", "adm-center", f"KID of 100 subsets of {11 // 2}"):
+        assert part in paper
+    assert "estimated" not in paper
+    assert "extrapolated" not in paper
+
+
+def test_a_result_survives_the_disk_and_intervals_stand_beside_their_figures(tmp_path):
+    result = Result(metrics={"fid": 3.0, "recall": 0.5}, intervals={"fid": (2.0, 4.0)}, protocol={}, seconds=1)
+    content = result.to_dict()
+    assert list(content["metrics"].items()) == [("fid", 3.0), ("fid_interval", [2.0, 4.0]), ("recall", 0.5)]
+    assert set(content) == {"metrics", "protocol", "seconds"}
+    result.save(tmp_path / "metrics.json")
+    assert Result.load(tmp_path / "metrics.json") == result
