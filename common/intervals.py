@@ -8,7 +8,7 @@ Every draw is keyed: the same features and seed give the same bits. With 5,000 s
 one core takes 7 s for FID's interval, 14 s for its extrapolation, 2 s for KID's, and 6 s for the other four.
 
 Simulated with Gaussian features (4 to 32 dimensions; equal, shifted and scaled distributions), nominal 95 % intervals
-held the expected figure in 88 to 100 % of the cases from 200 samples on. With 90 samples KID's, whose figures are
+held the expected figure in 87 to 100 % of the cases from 200 samples on. With 90 samples KID's, whose figures are
 skewed, did in 83 to 88 %, and a precision within 1 % of its bound in 88 %. Coverage's are up to 1.6 times too wide, as
 are FID's up to 1.5 times where there are few images or no difference.
 """
