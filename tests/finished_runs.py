@@ -20,7 +20,7 @@ from wavelatent.pipelines.report_pictures import tile
 
 SIDE = 16
 TINY = {"encoder": {"kind": "litevae", "size": "s", "levels": 1, "num_res_blocks": 1}, "decoder": {"width": "tiny"}}
-RECONSTRUCTION = {
+RECONSTRUCTION: dict[str, Any] = {
     "metrics": {"psnr": 21.5, "ssim": 0.71, "lpips": 0.123, "rfid": 33.25},
     "protocol": {
         "num_samples": 64, "num_reference": 64, "features": "inception-v3-2015-12-05", "weights_sha256": "abc",
@@ -123,7 +123,7 @@ def write_health(path: Path, **levels: str) -> Path:
 
 def result(**changes: Any) -> dict[str, Any]:
     """Return :data:`RECONSTRUCTION` with another protocol."""
-    return {**RECONSTRUCTION, "protocol": {**RECONSTRUCTION["protocol"], **changes}}  # type: ignore[dict-item]
+    return {**RECONSTRUCTION, "protocol": {**RECONSTRUCTION["protocol"], **changes}}
 
 
 def write_two(root: Path) -> tuple[Path, Path]:
