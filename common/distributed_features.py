@@ -200,7 +200,10 @@ class _Work:
     def _own(self, batches: list[range], processes: int) -> Tensor:
         rows = [self.nothing]
         for batch in stoppable(batches, self.stop):
-            rows.append(self.make(batch))
+            try:
+                rows.append(self.make(batch))
+            except torch.OutOfMemoryError as error:
+                raise WavelatentError(f"out of memory: lower the batch size of {self.batch_size}") from error
             self.bar.update(min(len(batch) * processes, (self.bar.total or 0) - self.bar.n))
         return torch.cat(rows)
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..common.distributed_features import in_agreement, shared_rows
-from ..common.errors import WavelatentError
 from ..common.evaluation import Measurement, set_figures
 from ..common.feature_store import FeatureStore
 from ..common.reference_cache import FeatureNetwork
@@ -62,11 +61,8 @@ class FeaturePass:
         values = []
 
         def row(numbers: range) -> Tensor:
-            try:
-                figures, images = make(numbers)
-                features = [network(images).double() for network in self.networks.values()]
-            except torch.OutOfMemoryError as error:
-                raise WavelatentError(f"out of memory: lower --batch-size {batch_size}") from error
+            figures, images = make(numbers)
+            features = [network(images).double() for network in self.networks.values()]
             return torch.cat([figures.cpu(), *features], dim=1)
 
         def keep(numbers: range, rows: Tensor) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from tiny_evaluation import COUNT, SIZE, HalfSize, TinyInception, pixels, write_folder
+from torch import Tensor
 
 from wavelatent.common import reference_cache
 from wavelatent.common.errors import UsageError, WavelatentError
@@ -18,26 +18,11 @@ from wavelatent.common.evaluation import Result
 from wavelatent.common.feature_distances import FeatureStatistics
 from wavelatent.common.image_metrics import psnr
 from wavelatent.common.images import open_data, to_float, to_uint8
-from wavelatent.common.latents import Posterior
 from wavelatent.common.metric_weights import MissingWeightsError
 from wavelatent.pipelines import evaluate
 from wavelatent.pipelines.comparison import differences
 from wavelatent.pipelines.evaluate import evaluate_generation, evaluate_reconstruction
 from wavelatent.pipelines.evaluation_text import describe, paper_line
-
-SIZE, COUNT = 16, 13
-
-
-class TinyInception:
-    """Six numbers per image: the mean of each half, per channel."""
-
-    name, dim, weights_sha256 = "inception-v3-2015-12-05", 6, "of the stand-in"
-
-    def __init__(self, device: object = "cpu") -> None:
-        pass
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(images.float() / 255, (2, 1)).flatten(1).cpu()
 
 
 class TinyDino(TinyInception):
@@ -50,21 +35,6 @@ class TinyDino(TinyInception):
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.float().std(dim=(2, 3)) / 255
-
-
-class HalfSize(nn.Module):
-    """An autoencoder that halves and doubles."""
-
-    downsampling, latent_channels = 2, 3
-
-    def encode(self, images: Tensor) -> Posterior:
-        return Posterior(F.avg_pool2d(images, 2), None)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return F.interpolate(latents, scale_factor=2)
-
-    def fingerprint(self) -> str:
-        return "half-size"
 
 
 def _missing(*_: object) -> None:
@@ -80,33 +50,20 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(reference_cache, "cache_folder", lambda: tmp_path / "cache")
 
 
-def _pixels(seed: int, count: int = COUNT) -> np.ndarray:
-    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    images = F.interpolate(coarse, size=SIZE, mode="bilinear") * 2 - 1
-    return to_uint8(images).permute(0, 2, 3, 1).numpy()
-
-
-def _folder(path: Path, pixels: np.ndarray) -> Path:
-    path.mkdir()
-    for number, image in enumerate(pixels):
-        Image.fromarray(image).save(path / f"{number:06d}.png")
-    return path
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return _folder(tmp_path / "data", _pixels(0))
+    return write_folder(tmp_path / "data", pixels(0))
 
 
 @pytest.fixture
 def samples(tmp_path: Path) -> Path:
-    return _folder(tmp_path / "samples", _pixels(1))
+    return write_folder(tmp_path / "samples", pixels(1))
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_samples_and_reference_may_be_adm_archives(data, samples, tmp_path, save):
-    save(tmp_path / "s.npz", _pixels(1), arr_1=np.zeros(COUNT, np.int64))
-    save(tmp_path / "d.npz", _pixels(0))
+    save(tmp_path / "s.npz", pixels(1), arr_1=np.zeros(COUNT, np.int64))
+    save(tmp_path / "d.npz", pixels(0))
     from_folders = evaluate_generation(samples=samples, data=str(data))
     from_files = evaluate_generation(samples=tmp_path / "s.npz", data=str(tmp_path / "d.npz"), batch_size=4)
     for name in ("fid", "kid_mean", "precision", "density", "fid_extrapolated"):
@@ -130,7 +87,7 @@ def _statistics_of(pixels: np.ndarray) -> dict[str, np.ndarray]:
 
 def test_given_statistics_are_accepted_for_fid_alone_and_flagged(data, samples, tmp_path):
     of_images = evaluate_generation(samples=samples, data=str(data), dinov2="some/folder")
-    np.savez(tmp_path / "stats.npz", **_statistics_of(_pixels(0)))
+    np.savez(tmp_path / "stats.npz", **_statistics_of(pixels(0)))
     given = str(tmp_path / "stats.npz")
     result = evaluate_generation(samples=samples, data=given, dinov2="some/folder", out=tmp_path / "out")
     assert set(result.metrics) == {"fid", "fid_extrapolated"}
@@ -153,9 +110,9 @@ def test_given_statistics_are_accepted_for_fid_alone_and_flagged(data, samples, 
 
 
 def test_an_archive_with_images_and_statistics_gives_fid_by_these_and_the_rest_by_those(samples, tmp_path):
-    np.savez(tmp_path / "both.npz", _pixels(0), **_statistics_of(_pixels(2, 40)))
-    np.savez(tmp_path / "images.npz", _pixels(0))
-    np.savez(tmp_path / "more.npz", _pixels(2, 40))
+    np.savez(tmp_path / "both.npz", pixels(0), **_statistics_of(pixels(2, 40)))
+    np.savez(tmp_path / "images.npz", pixels(0))
+    np.savez(tmp_path / "more.npz", pixels(2, 40))
     both, images, more = (
         evaluate_generation(samples=samples, data=str(tmp_path / f"{name}.npz"), intervals=False).metrics
         for name in ("both", "images", "more")

@@ -1,0 +1,149 @@
+"""``evaluate`` gives the same figures with any number of processes and any batch size."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState, PartialState
+from tiny_evaluation import COUNT, HalfSize, TinyInception, pixels, write_folder
+from torch import Tensor
+
+from wavelatent.common import distributed_features, reference_cache
+from wavelatent.common.errors import Stopped, UsageError, WavelatentError
+from wavelatent.common.evaluation import Result
+from wavelatent.common.metric_weights import MissingWeightsError
+from wavelatent.pipelines import evaluate
+from wavelatent.pipelines.evaluate import evaluate_generation, evaluate_reconstruction
+
+PATIENCE = 120
+"""Seconds that a process may take; one that waits for another for ever is killed, and the test fails."""
+
+
+class CountingInception(TinyInception):
+    images_seen = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        CountingInception.images_seen += len(images)
+        return super().__call__(images)
+
+
+def missing(*_: object) -> None:
+    raise MissingWeightsError("not here")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    CountingInception.images_seen = 0
+    monkeypatch.setattr(evaluate, "InceptionFeatures", CountingInception)
+    monkeypatch.setattr(evaluate, "PerceptualDistance", missing)
+    monkeypatch.setattr(evaluate, "load_autoencoder", lambda spec: HalfSize())
+    monkeypatch.setattr(reference_cache, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(distributed_features, "PART", 6)  # so that there are several
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "data", pixels(0))
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "samples", pixels(1))
+
+
+def together(processes: int, work: Callable[[], Result], out: Path) -> list[dict]:
+    """Return what ``work`` gave, or how it failed, and how many images were looked at, in each process."""
+
+    def run() -> None:
+        signal.alarm(PATIENCE)
+        try:
+            found = work().to_dict()
+        except WavelatentError as error:
+            found = {"error": type(error).__name__, "text": str(error)}
+        found["images_seen"] = CountingInception.images_seen
+        (out / f"{PartialState().process_index}.json").write_text(json.dumps(found))
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(run, num_processes=processes)
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
+def assert_same(first: dict, other: dict) -> None:
+    assert first["metrics"].keys() == other["metrics"].keys()
+    for name, value in first["metrics"].items():
+        assert other["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-9), name
+    several = {name: value for name, value in first["protocol"].items() if not name.endswith("_extrapolated")}
+    assert {name: other["protocol"][name] for name in several} == several
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_generation_is_shared_and_every_process_returns_the_result(processes, data, samples, tmp_path, monkeypatch):
+    one = evaluate_generation(samples=samples, data=str(data), batch_size=5, device="cpu").to_dict()
+    monkeypatch.setattr(reference_cache, "cache_folder", lambda: tmp_path / "another")
+    CountingInception.images_seen = 0
+    several = together(
+        processes,
+        lambda: evaluate_generation(samples=samples, data=str(data), batch_size=2, device="cpu", overwrite=True),
+        tmp_path,
+    )
+    seen = [found.pop("images_seen") for found in several]
+    assert sum(seen) == 2 * COUNT, "nobody does another's work"
+    assert min(seen) > 0
+    assert all(found == several[0] for found in several)
+    assert_same(one, several[0])
+    assert json.loads((samples / "metrics.json").read_text()) == several[0]
+
+
+def test_reconstruction_is_shared_and_no_image_counts_twice(data, tmp_path):
+    one = evaluate_reconstruction("half", str(data), batch_size=13, device="cpu", out=tmp_path / "one").to_dict()
+    several = together(
+        2,
+        lambda: evaluate_reconstruction("half", str(data), batch_size=3, device="cpu", out=tmp_path / "two"),
+        tmp_path,
+    )
+    assert_same(one, several[0])
+    assert several[1]["metrics"] == several[0]["metrics"]
+    assert several[0]["worst"] == one["worst"]
+    tables = [(tmp_path / name / "per-image.csv").read_text() for name in ("one", "two")]
+    assert tables[0] == tables[1]
+    assert (tmp_path / "two" / "worst-reconstructions.png").exists()
+
+
+def test_more_processes_than_images(data, tmp_path):
+    several = together(
+        3, lambda: evaluate_reconstruction("half", str(data), num_images=2, device="cpu", intervals=False), tmp_path
+    )
+    one = evaluate_reconstruction("half", str(data), num_images=2, device="cpu", intervals=False).to_dict()
+    assert_same(one, several[0])
+
+
+@pytest.mark.parametrize("how", ["out of memory", "signal", "usage", "by main"])
+def test_what_happens_in_one_process_ends_all_of_them(how, data, samples, tmp_path, monkeypatch):
+    class Troubled(CountingInception):
+        def __call__(self, images: Tensor) -> Tensor:
+            if PartialState().process_index == 1 and how == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if PartialState().process_index == 1 and how == "out of memory":
+                raise torch.OutOfMemoryError("no more")
+            return super().__call__(images)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(evaluate, "InceptionFeatures", Troubled)
+    if how == "by main":
+        monkeypatch.setattr(Result, "save", fail)
+    num = COUNT + 1 if how == "usage" else None
+    found = together(
+        2, lambda: evaluate_generation(samples=samples, data=str(data), num_reference=num, device="cpu"), tmp_path
+    )
+    kinds = {"signal": Stopped, "usage": UsageError}
+    texts = {"signal": "stopped by SIGTERM", "usage": "asked for 14 images of 13", "by main": "the disk is full"}
+    for each in found:
+        assert each["error"] == kinds.get(how, WavelatentError).__name__
+        assert texts.get(how, "lower the batch size") in each["text"]
