@@ -27,7 +27,7 @@ TRAIN_AE = [
 ]  # fmt: skip
 TRAIN_DIFFUSION = [
     "train-diffusion", "unet-tiny", *TRAIN, "--device", "cpu",
-    "model.channels=32", "model.multipliers=[1,2]", "model.attention_levels=[1]",
+    "model.channels=32", "model.multipliers=[1,2]", "model.attention_levels=[1]", "train.validation.every=1",
 ]  # fmt: skip
 
 States = dict[str, dict[str, Tensor]]
@@ -77,7 +77,7 @@ def assert_same_training(one: tuple[list[dict], States, States], two: tuple[list
     assert [line["images"] for line in log_one] == [line["images"] for line in log_two] == [4, 8, 12]
     for line_one, line_two, tolerance in zip(log_one, log_two, (2e-4, 1e-2, 1e-2), strict=True):
         assert line_one.keys() == line_two.keys()
-        compared = [name for name in line_one if name.startswith(("loss/", "gradient_norm"))]
+        compared = [name for name in line_one if name.startswith(("loss/", "gradient_norm", "validation/"))]
         assert len(compared) > 1
         for name in compared:
             assert line_two[name] == pytest.approx(line_one[name], rel=tolerance, abs=1e-6), name

@@ -1,5 +1,6 @@
 """Averages rebuilt from snapshots against averages that were tracked, and the snapshots themselves."""
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -305,8 +306,9 @@ def test_a_run_is_loaded_at_any_width(
 
 
 def rebuilt_weights(folder: Path, width: float, step: int, like: LatentDiffusion) -> Tensor:
-    state = rebuild(folder / SNAPSHOT_FOLDER, width, at_step=step).state
-    return torch.cat([state[name].flatten() for name, _ in like.named_parameters()])
+    model = copy.deepcopy(like)
+    model.load_state_dict(rebuild(folder / SNAPSHOT_FOLDER, width, at_step=step).state)
+    return weights(model)
 
 
 def test_a_run_without_what_it_takes_is_refused(run: tuple[Path, dict[float, LatentDiffusion]]) -> None:
