@@ -24,6 +24,7 @@ from ..common.latent_loader import held_out_positions
 from ..common.latents import LatentStatistics, Posterior
 from ..common.randomness import generator
 from ..stage1_autoencoder.health import Figure, LatentData, Plot, Section, Verdict
+from ..stage1_autoencoder.health_passes import graded
 from ..stage2_diffusion.generation import generate_latents
 from ..stage2_diffusion.model import LatentDiffusion
 from ..stage2_diffusion.objectives import EDMConfig
@@ -44,7 +45,7 @@ QUICK_SAMPLES = 256
 """Images of the quick FID and KID, and of their reference."""
 DRAWS = 4
 """Noise levels, drawn as in training, at which each held-out latent is measured."""
-LOSS_NOTE, LOSS_FAULT = 0.9, 0.97
+LOSS_NOTE, LOSS_FAULT = 0.8, 0.95
 
 
 class Extractor(Protocol):
@@ -139,9 +140,10 @@ def learnability(
     }
     bins = {name: [losses[f"validation/sigma_{name}"]] for name in SIGMA_BINS}
     plots = [
-        Plot("Held-out loss by noise level", bins, kind="bar", labels=("sigma", "weighted loss, 1 is white noise")),
-        Plot("Training loss", {"mean of 10 steps": curve}, labels=("tens of steps", "weighted loss")),
+        Plot("Held-out loss by noise level", bins, kind="bar", labels=("sigma", "weighted loss, 1 is white noise"))
     ]
+    if curve:
+        plots.append(Plot("Training loss", {"mean of 10 steps": curve}, labels=("tens of steps", "weighted loss")))
     return Section("learnability", figures, [_verdict(figures, steps)], plots)
 
 
@@ -254,11 +256,11 @@ def _verdict(figures: dict[str, Figure], steps: int) -> Verdict:
         f"A fixed small denoiser reaches a held-out loss of {loss:.3f} after {figures['steps']} steps of {BATCH_SIZE} "
         f"({by_level}); 1 is white noise.{early}"
     )
-    level = "fault" if loss > LOSS_FAULT else "note" if loss > LOSS_NOTE else "ok"
     return Verdict(
-        level,
+        graded(loss, LOSS_NOTE, LOSS_FAULT),
         "hard_to_learn",
         text,
         f"note: above {LOSS_NOTE:g}; fault: above {LOSS_FAULT:g}, little learnt beyond the variance of each channel",
-        "ours: 1 is the best loss for white noise (EDM's weight for data of variance 1, arXiv 2206.00364)",
+        "ours: 1 is the best loss for white noise (EDM's weight for data of variance 1, arXiv 2206.00364); of trained "
+        "autoencoders on photographs of 64 px we measured 0.62 (16 bounded channels) and 0.71 (4 channels, KL)",
     )
