@@ -408,11 +408,11 @@ def generation(as_json: bool, **arguments: Any) -> None:
 @DEVICE
 @JSON
 def diagnose(as_json: bool, **arguments: Any) -> None:
-    """Write the latent health report: are these latents fit for diffusion?
+    """Write the latent health report: whether these latents are fit for diffusion.
 
     The sections are scale, posterior, gaussianity, correlation, spectrum, equivariance, robustness, locality, geometry,
-    reconstruction and learnability. The last trains a small denoiser and takes minutes; --skip learnability leaves it
-    out.
+    reconstruction and learnability. The last trains a small denoiser and takes a minute or more; --skip learnability
+    leaves it out.
     """
     from wavelatent.pipelines.diagnose import diagnose as run
     from wavelatent.pipelines.diagnose import summary_lines

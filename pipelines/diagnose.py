@@ -45,6 +45,8 @@ LPIPS_NET: LpipsNet = "alex"
 """The usual one in tables, and a twentieth of the cost of the other."""
 NUM_IMAGES = 2000
 """Images that are looked at, where there are as many."""
+NO_WEIGHTS = "its weights are not on this machine: run `wavelatent doctor --fetch`"
+"""What the report says; where they were looked for, which is this machine's business, goes to the terminal."""
 FAILURES = (WavelatentError, ArithmeticError, RuntimeError, ValueError)
 """What an odd autoencoder, a missing file or a full memory raise: a section that meets one is not computed.
 
@@ -234,12 +236,14 @@ def _networks(
         if not AUTOENCODER_SECTIONS.keys().isdisjoint(sections):
             lpips = PerceptualDistance(LPIPS_NET).to(device)
     except MissingWeightsError as error:
-        missing["LPIPS"] = str(error)
+        missing["LPIPS"] = NO_WEIGHTS
+        print(f"without LPIPS: {error}", file=sys.stderr)
     try:
         if "learnability" in sections:
             extractor = InceptionFeatures(device)
     except MissingWeightsError as error:
-        missing["quick FID"] = str(error)
+        missing["quick FID"] = NO_WEIGHTS
+        print(f"without a quick FID: {error}", file=sys.stderr)
     return lpips, extractor
 
 

@@ -89,13 +89,15 @@ def _draw_series(axes: Axes, plot: Plot) -> None:
 
 def _frame(axes: Axes, plot: Plot) -> None:
     """Label the axes, and make them logarithmic where that is asked for and there is anything positive to show."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlabel(plot.labels[0], fontsize=9)
     axes.set_ylabel(plot.labels[1], fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.5)
     if plot.x is None and any(len(values) > 1 for values in plot.series.values()):
-        axes.xaxis.get_major_locator().set_params(integer=True)  # numbers of channels, or the like
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # numbers of channels, or the like
     values = np.concatenate([np.asarray(values, dtype=float) for values in plot.series.values()])
     if "x" in plot.log and plot.x is not None and max(plot.x) > 0:
         axes.set_xscale("log" if min(plot.x) > 0 else "symlog")

@@ -104,7 +104,7 @@ SECTIONS = {
     "learnability": Entry(
         "How far does a small denoiser get with these latents in a fixed budget?",
         _learnability,
-        cost="minutes; --skip learnability leaves it out",
+        cost="trains; --skip learnability leaves it out",
     ),
 }
 

@@ -95,7 +95,7 @@ def no_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "open_data", faces)
 
     def missing(*_: object) -> None:
-        raise MissingWeightsError("not on this machine: run `wavelatent doctor --fetch`")
+        raise MissingWeightsError(f"not in {Path.home()}")
 
     monkeypatch.setattr(pipeline, "PerceptualDistance", missing)
     monkeypatch.setattr(pipeline, "InceptionFeatures", missing)
