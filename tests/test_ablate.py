@@ -21,7 +21,7 @@ from wavelatent.common.metric_weights import MissingWeightsError
 from wavelatent.common.runtime import RuntimeOptions, StopRequest
 from wavelatent.pipelines import ablate as ablate_module
 from wavelatent.pipelines import cells as cells_module
-from wavelatent.pipelines import evaluate
+from wavelatent.pipelines import evaluate, evaluation_inputs
 from wavelatent.pipelines.ablate import ablate, describe
 from wavelatent.pipelines.ablate_config import AblationConfig
 from wavelatent.pipelines.ablate_statistics import Difference, Spread, t_quantile
@@ -76,7 +76,7 @@ def small(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(evaluate, "InceptionFeatures", TinyInception)
     monkeypatch.setattr(evaluate, "PerceptualDistance", no_lpips)
-    monkeypatch.setattr(evaluate, "open_data", open_small)
+    monkeypatch.setattr(evaluation_inputs, "open_data", open_small)
     monkeypatch.setattr(ablate_module, "open_data", open_small)
     monkeypatch.setattr(reference_cache, "cache_folder", lambda: tmp_path / "cache")
 
