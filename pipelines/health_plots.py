@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ..stage1_autoencoder.health import Plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 MOST_NAMED = 8
 """Series above which a legend would hide the plot: they are drawn thin, in the order of a colour map."""
@@ -52,14 +54,17 @@ def alternative(plot: Plot) -> str:
 
 
 def _draw_maps(figure: Any, panels: Sequence[Axes], plot: Plot) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for axes, (name, rows) in zip(panels, plot.series.items(), strict=True):
         image = axes.imshow(np.asarray(rows, dtype=float), cmap="viridis", interpolation="nearest")
         axes.tick_params(labelsize=6)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)
         if len(panels) > 1:
             axes.set_title(name, fontsize=8)
-    for axes in panels[-1:]:
-        axes.set_xlabel(plot.labels[0], fontsize=8)
+    panels[-1].set_xlabel(plot.labels[0], fontsize=8)
     panels[0].set_ylabel(plot.labels[1], fontsize=8)
 
 
@@ -92,14 +97,27 @@ def _frame(axes: Axes, plot: Plot) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(plot.labels[0], fontsize=9)
-    axes.set_ylabel(plot.labels[1], fontsize=9)
+    axes.set_ylabel(textwrap.fill(plot.labels[1], 32), fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
     axes.grid(alpha=0.25, linewidth=0.5)
     if plot.x is None and any(len(values) > 1 for values in plot.series.values()):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # numbers of channels, or the like
     values = np.concatenate([np.asarray(values, dtype=float) for values in plot.series.values()])
-    if "x" in plot.log and plot.x is not None and max(plot.x) > 0:
-        axes.set_xscale("log" if min(plot.x) > 0 else "symlog")
+    if "x" in plot.log and plot.x is not None and min(plot.x) > 0:
+        axes.set_xscale("log")
+        _plain_ticks(axes.xaxis)
     if "y" in plot.log and (values[np.isfinite(values)] > 0).any():
         axes.set_yscale("log")
+        if values[values > 0].max() < 1000 * values[values > 0].min():
+            _plain_ticks(axes.yaxis)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Mark 1, 2 and 5 of every decade, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")

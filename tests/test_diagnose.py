@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from tiny_diffusers import diffusers_model
 
+import cli
 from wavelatent.common.config import PRESETS
 from wavelatent.common.errors import UsageError, WavelatentError
 from wavelatent.common.images import ImageData, open_data
@@ -277,6 +278,22 @@ def test_what_could_not_be_computed_is_tried_again(planned: None, gaussian: str,
     assert not run(gaussian, tmp_path)["already_finished"]
     assert not run(gaussian, tmp_path, skip=["geometry"])["already_finished"]
     assert run(gaussian, tmp_path, skip=["geometry"])["already_finished"]
+
+
+def test_the_command_prints_findings_or_json_and_ends_well_with_faults(
+    planned: None, gaussian: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--ae", gaussian, "--data", DATA, "--size", SIZE, "--out", tmp_path, "--device", "cpu", "--seed", 4]
+    outputs = []
+    for extra in (["--skip", "scale", "--skip", "geometry"], ["--only", "spectrum", "--num-images", 9, "--json"]):
+        monkeypatch.setattr("sys.argv", ["wavelatent", *map(str, ["diagnose", *options, *extra])])
+        cli.main()  # exits where there is anything wrong
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].startswith("fault: white_spectrum (spectrum)")
+    record = json.loads(outputs[1])
+    assert list(record["sections"]) == ["spectrum"]
+    assert (record["protocol"]["num_images"], record["protocol"]["seed"]) == (9, 4)
+    assert record["page"] == str(tmp_path / "health.html")
 
 
 def test_a_mistake_of_ours_is_not_hidden(planned: None, gaussian: str, tmp_path: Path, monkeypatch: Any) -> None:
