@@ -160,14 +160,19 @@ def _frechet(result: Measurement, name: str, features: Tensor, reference: Refere
         result.not_computed[name] = str(error)
         return
     result.metrics[name] = figure
-    fewer = min(len(features), len(reference) or len(features))
-    if fewer < SMALL_SAMPLE:
-        result.notes.append(
-            f"small-sample: {name} of {fewer:,} images, fewer than {SMALL_SAMPLE:,}, is biased upwards: compare it "
-            "only with figures from the same numbers of images"
-        )
+    _warn_of_few(result, name, len(features), len(reference))
     if intervals:
         _extrapolate(result, f"{name}_extrapolated", features, against)
+
+
+def _warn_of_few(result: Measurement, name: str, samples: int, reference: int) -> None:
+    """Note, under a name that does not change, that few images bias the distance; of a reference, 0 is unknown."""
+    if min(samples, reference or samples) < SMALL_SAMPLE:
+        against = f" against {reference:,}" if reference else ""
+        result.notes.append(
+            f"small-sample: {name} of {samples:,} images{against}, fewer than {SMALL_SAMPLE:,}, is biased upwards: "
+            "compare it only with figures from the same numbers of images"
+        )
 
 
 def _extrapolate(result: Measurement, name: str, features: Tensor, against: FrechetReference) -> None:

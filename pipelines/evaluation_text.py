@@ -79,7 +79,7 @@ def _definition(result: Result) -> list[str]:
     if protocol.get("size"):
         parts.append(f"{protocol['size']} px")
     resize, crop = protocol.get("resize", {}).get("data"), protocol.get("crop")
-    parts += [f"{what}" for what in (resize, crop) if what]
+    parts += [str(what) for what in (resize, crop) if what not in (None, "none")]
     if "kid" in protocol:
         parts.append(f"KID of {protocol['kid']['subsets']} subsets of {protocol['kid']['subset_size']:,}")
     if protocol.get("sampler"):

@@ -142,7 +142,7 @@ def test_a_set_is_at_distance_zero_of_itself(data):
 def test_the_reference_is_paid_for_once_and_grows_from_what_is_there(data, samples):
     def cost(**options: object) -> int:
         TinyInception.images_seen = 0
-        evaluate_generation(samples=samples, data=str(data), overwrite=True, **options)
+        evaluate_generation(samples=samples, data=str(data), overwrite=True, intervals=False, **options)
         return TinyInception.images_seen - COUNT
 
     assert cost(num_reference=5) == 5
@@ -181,9 +181,9 @@ def test_a_signal_stops_it_and_the_reference_is_kept(
 ):
     def measure() -> None:
         if measured == "generation":
-            evaluate_generation(samples=samples, data=str(data), batch_size=2)
+            evaluate_generation(samples=samples, data=str(data), batch_size=2, intervals=False)
         else:
-            evaluate_reconstruction("half", str(data), batch_size=2)
+            evaluate_reconstruction("half", str(data), batch_size=2, intervals=False)
 
     class Signalled(TinyInception):
         def __call__(self, images: Tensor) -> Tensor:
