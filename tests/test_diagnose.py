@@ -29,6 +29,7 @@ from wavelatent.pipelines import diagnose_page
 from wavelatent.pipelines.diagnose import diagnose, gather, summary_lines
 from wavelatent.pipelines.health_plots import MOST_NAMED, alternative, draw
 from wavelatent.pipelines.health_sections import SECTIONS, Given, choose_sections
+from wavelatent.pipelines.learnability import learnability
 from wavelatent.pipelines.loading import load_autoencoder
 from wavelatent.stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
 from wavelatent.stage1_autoencoder.health import LatentData, Plot, Section, Verdict
@@ -364,11 +365,31 @@ def test_every_section_but_the_one_that_trains(
     assert record["sections"]["reconstruction"]["figures"]["lpips"] is None
     text = Page(Path(record["page"]).read_text(encoding="utf-8")).text
     assert "LPIPS" in text
-    documented = (PRESETS.parent.parent / "docs" / "latent-health.md").read_text(encoding="utf-8")
-    for name, section in record["sections"].items():
-        assert f"## {name}" in documented
-        for found in section["verdicts"]:
-            assert f"`{found['name']}`" in documented
+
+
+@pytest.fixture(scope="module")
+def documented() -> dict[str, str]:
+    """The sections of the page on latent health, by their headings."""
+    text = (PRESETS.parent.parent / "docs" / "latent-health.md").read_text(encoding="utf-8")
+    return {part.partition("\n")[0]: part for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]}
+
+
+def numbers(text: str) -> set[str]:
+    return set(re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", text))
+
+
+def test_every_section_verdict_and_threshold_is_documented(gaussian: str, documented: dict[str, str]) -> None:
+    autoencoder = load_autoencoder(gaussian)
+    given = Given(autoencoder, gather(autoencoder, faces(DATA, SIZE), range(COUNT)))
+    assert [name for name in documented if name in SECTIONS] == list(SECTIONS)
+    advice = documented["Reading a verdict"]
+    for name, entry in SECTIONS.items():
+        untrained = name == "learnability"
+        section = learnability(given.data, steps=0) if untrained else entry.compute(given)
+        for found in section.verdicts:
+            assert f"| `{found.name}` |" in documented[name]
+            assert numbers(found.threshold) <= numbers(documented[name]), found.name
+            assert f"`{found.name}`" in advice or found.name in ("gaussianity", "intrinsic_dimension")
 
 
 @pytest.mark.parametrize("kind", ["line", "bar", "image"])

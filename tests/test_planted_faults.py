@@ -81,8 +81,8 @@ class Codec(nn.Module):
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fifteen steps already tell latents that can be learnt from noise."""
-    monkeypatch.setattr(health_sections, "learnability", functools.partial(learnability, steps=15))
+    """Thirty steps already tell latents that can be learnt from noise."""
+    monkeypatch.setattr(health_sections, "learnability", functools.partial(learnability, steps=30))
 
 
 def health(defect: Defect, *sections: str) -> Health:
