@@ -122,7 +122,7 @@ def diagnose(
     Raises:
         UsageError: an unknown section, the size of the images does not suit the autoencoder, or there are fewer images
             than asked for.
-        WavelatentError: there are latents that are not finite, so that there is nothing to measure.
+        WavelatentError: fewer than two images have finite latents, so that there is nothing to measure.
     """
     begin = time.monotonic()
     wanted = choose_sections(skip=skip, only=only)
@@ -148,7 +148,7 @@ def diagnose(
     if not overwrite and (done := _finished(out, protocol)):
         return done
     gathered = gather(autoencoder, images, indices, batch_size=batch_size, seed=seed, mixed_precision=mixed_precision)
-    usable(gathered)
+    usable(gathered)  # raises where there is nothing to measure: better than a page without a section
     health = examine(Given(autoencoder, gathered, batch_size, lpips, extractor), wanted)
     health.not_computed.update(missing)
     record = _record(health, protocol, seconds=round(time.monotonic() - begin, 3))

@@ -27,7 +27,6 @@ from wavelatent.common.metric_weights import MissingWeightsError
 from wavelatent.pipelines import diagnose as pipeline
 from wavelatent.pipelines import diagnose_page
 from wavelatent.pipelines.diagnose import diagnose, gather, summary_lines
-from wavelatent.pipelines.health_plots import MOST_NAMED, alternative, draw
 from wavelatent.pipelines.health_sections import SECTIONS, Given, choose_sections
 from wavelatent.pipelines.learnability import learnability
 from wavelatent.pipelines.loading import load_autoencoder
@@ -390,21 +389,3 @@ def test_every_section_verdict_and_threshold_is_documented(gaussian: str, docume
             assert f"| `{found.name}` |" in documented[name]
             assert numbers(found.threshold) <= numbers(documented[name]), found.name
             assert f"`{found.name}`" in advice or found.name in ("gaussianity", "intrinsic_dimension")
-
-
-@pytest.mark.parametrize("kind", ["line", "bar", "image"])
-@pytest.mark.parametrize(("count", "length"), [(1, 7), (2, 1), (MOST_NAMED + 3, 7)])
-def test_any_plot_can_be_drawn(kind: Any, count: int, length: int) -> None:
-    rows: Any = [0.0, math.nan, *range(length)][:length]
-    series = {f"s{number}": [rows, rows] if kind == "image" else rows for number in range(count)}
-    plot = Plot("Title", series, kind=kind, labels=("x", "y"), log="y")
-    with Image.open(io.BytesIO(draw(plot))) as image:
-        assert image.format == "PNG"
-        assert image.convert("L").getextrema()[0] < 128  # something is on it
-    assert re.match(r"Title \(s0(, s1| to s10)?\): y over x; values from 0 to \d", alternative(plot))
-
-
-def test_a_plot_of_nothing_says_so() -> None:
-    plot = Plot("Title", {"s": [math.nan, math.inf]}, x=[1.0, 2.0], log="xy")
-    assert alternative(plot) == "Title (s); values none of them finite."
-    assert draw(plot).startswith(b"\x89PNG")
