@@ -34,6 +34,7 @@ PSNR_PROTOCOL = "dB per image over RGB in [0, 255] rounded to uint8, mean over i
 SSIM_PROTOCOL = "Wang 2004, Gaussian 11x11 sigma 1.5, range 255, RGB, mean over images"
 INTERVALS_PROTOCOL = "95 %, over draws of the samples; the reference is fixed"
 EXTRAPOLATION = "at 1/N = 0 of a line through N, N/2, N/3 and N/4 samples; the bias of a finite reference stays"
+KERNEL_NAMES = ("kid_mean", "kid_std")
 MANIFOLD_NAMES = ("precision", "recall", "density", "coverage")
 _NO_FEATURES = "the reference is statistics (mu and sigma) without images, which give the Fréchet distance only"
 _SUFFIX = "_interval"
@@ -69,7 +70,7 @@ class Result(BaseModel):
         metrics = content.get("metrics") if isinstance(content, dict) else None
         if not isinstance(metrics, Mapping):
             return content
-        found = {name.removesuffix(_SUFFIX): bounds for name, bounds in metrics.items() if name.endswith(_SUFFIX)}
+        found = {name.removesuffix(_SUFFIX): each for name, each in metrics.items() if name.endswith(_SUFFIX) and each}
         figures = {name: value for name, value in metrics.items() if not name.endswith(_SUFFIX)}
         return {**content, "metrics": figures, "intervals": {**content.get("intervals", {}), **found}}
 
@@ -187,14 +188,13 @@ def _extrapolate(result: Measurement, name: str, features: Tensor, against: Frec
 
 
 def _kernel(result: Measurement, features: Tensor, reference: Reference, intervals: bool) -> None:
-    names = ("kid_mean", "kid_std")
     if not len(reference):
-        result.not_computed.update(dict.fromkeys(names, _NO_FEATURES))
+        result.not_computed.update(dict.fromkeys(KERNEL_NAMES, _NO_FEATURES))
         return
     try:
         kid = kernel_distance(features, reference.features)
     except WavelatentError as error:
-        result.not_computed.update(dict.fromkeys(names, str(error)))
+        result.not_computed.update(dict.fromkeys(KERNEL_NAMES, str(error)))
         return
     result.metrics.update(kid_mean=kid.mean, kid_std=kid.std)
     if intervals:

@@ -15,7 +15,14 @@ from ..common.adm_npz import is_npz
 from ..common.dinov2 import Dinov2Features
 from ..common.distributed_features import by_main, in_agreement
 from ..common.errors import UsageError, WavelatentError
-from ..common.evaluation import INTERVALS_PROTOCOL, Measurement, Result, mean_figures
+from ..common.evaluation import (
+    INTERVALS_PROTOCOL,
+    KERNEL_NAMES,
+    MANIFOLD_NAMES,
+    Measurement,
+    Result,
+    mean_figures,
+)
 from ..common.inception import InceptionFeatures
 from ..common.lpips_metric import LpipsNet, PerceptualDistance
 from ..common.metric_weights import MissingWeightsError
@@ -91,7 +98,9 @@ def evaluate_reconstruction(
         place = _place(accelerator, device)
         reference = in_agreement(
             accelerator,
-            lambda: open_reference(data, size=size, max_bad_fraction=max_bad_fraction, num=num_images, seed=seed),
+            lambda: open_reference(
+                data, size=size, max_bad_fraction=max_bad_fraction, num=num_images, seed=seed
+            ).images_alone(),
         )
         work = in_agreement(accelerator, lambda: _reconstructions(ae, reference, place, mixed_precision, tile))
         protocol = {
@@ -211,8 +220,10 @@ def evaluate_generation(
             return done
         missing: dict[str, str] = {}
         networks = in_agreement(accelerator, lambda: _networks("fid", place, dinov2, protocol, missing))
-        if not networks:
-            raise MissingWeightsError(missing["fid"])
+        if "fid" in missing:
+            if not networks:
+                raise MissingWeightsError(missing["fid"])
+            missing.update(dict.fromkeys((*KERNEL_NAMES, *MANIFOLD_NAMES), missing["fid"]))
         in_agreement(accelerator, lambda: _require_one_size(source, reference))  # before the reference is paid for
         features = FeaturePass(accelerator, networks, reference, batch_size, stop)
 
@@ -236,8 +247,7 @@ def _place(accelerator: Accelerator, device: str) -> torch.device:
 def _reconstructions(
     ae: str, reference: ReferenceData, device: torch.device, mixed_precision: MixedPrecision, tile: int | None
 ) -> Reconstructions:
-    if reference.images is None or reference.given is not None:
-        raise UsageError(f"--data {reference.spec} holds statistics: give the images that are to be reconstructed")
+    assert reference.images is not None, "seen to by images_alone"
     autoencoder = tiled(load_autoencoder(ae).to(device), tile)
     if isinstance(autoencoder, TiledAutoencoder):
         print(autoencoder.describe("encode", "decode"), file=sys.stderr)

@@ -65,6 +65,12 @@ class ReferenceData:
             "library versions": environment()["versions"],
         }
 
+    def images_alone(self) -> ReferenceData:
+        """Return it without given statistics. Raises :class:`UsageError` where there is nothing else."""
+        if self.images is None:
+            raise UsageError(f"--data {self.spec} holds statistics: give the images that are to be reconstructed")
+        return replace(self, given=None)
+
     def notes(self) -> list[str]:
         """Return what a reader of the figures must know of the reference."""
         if self.given is None:
