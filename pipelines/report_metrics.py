@@ -233,13 +233,14 @@ def _sample_sizes(variants: Sequence[Variant]) -> list[str]:
     lines = []
     for stage, name, what in ((1, "rFID", "Reconstructions were"), (2, "FID", "Samples were")):
         runs = [run for variant in variants for run in variant.runs if run.stage == stage and run.evaluation]
-        sizes = {(p.get("num_samples", 0), p.get("num_reference", 0)) for p in map(protocol_of, runs)}
+        # Statistics that were given as such do not say of how many images they are.
+        sizes = {(p.get("num_samples") or 0, p.get("num_reference") or 0) for p in map(protocol_of, runs)}
         if not sizes:
             continue
-        counts = "; ".join(f"{a:,} against {b:,}" for a, b in sorted(sizes))
+        counts = "; ".join(f"{a:,} against {f'{b:,}' if b else 'an unknown number of'}" for a, b in sorted(sizes))
         line = f"{what} measured on {counts} reference images."
         computed = any(name.lower() in (run.evaluation or {}).get("metrics", {}) for run in runs)
-        if computed and min(min(pair) for pair in sizes) < SMALL_SAMPLE:
+        if computed and min(n for pair in sizes for n in pair if n) < SMALL_SAMPLE:
             line += (
                 f" So few images bias {name} upwards, the more the fewer they are: compare it only inside this page, "
                 "never with published figures at 50,000."

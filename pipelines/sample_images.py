@@ -97,8 +97,8 @@ def take_options(arguments: dict[str, Any]) -> SampleOptions:
         return {name: value for name, value in values.items() if value is not None}
 
     sampling, options = Sampling(**given(Sampling)), given(SampleOptions)
-    chosen = {name: ema_choice(options[name], name) for name in ("ema", "guide_ema") if name in options}
-    return SampleOptions(sampling, **{**options, **chosen})
+    options |= {name: ema_choice(options[name], name) for name in ("ema", "guide_ema") if name in options}
+    return SampleOptions(sampling, **options)
 
 
 class ImageSampler:

@@ -87,12 +87,10 @@ class Sampling:
             "churn_min": self.churn_min != 0 and self.churn == 0,
             "churn_max": self.churn_max != math.inf and self.churn == 0,
             "churn_noise": self.churn_noise != 1 and self.churn == 0,
-            "guidance_interval": self.guidance_interval is not None and self.guidance == 1,
             "grid_shift": self.grid_shift != Sampling.grid_shift and self.grid != "shifted",
         }
         needs = {"eta": f"sampler {' or '.join(WITH_ETA)}", "churn": "sampler heun"}
         needs |= dict.fromkeys(("churn_min", "churn_max", "churn_noise"), "a churn above 0")
-        needs |= {"guidance_interval": "a guidance other than 1"}
         needs |= {"rho": "grid karras", "grid_shift": "grid shifted"}
         for name, is_unused in unused.items():
             if is_unused:

@@ -145,5 +145,5 @@ def test_declared_dependencies_are_those_imported() -> None:
             top = "tensorboard" if item.module == "torch.utils.tensorboard" else item.module.split(".")[0]
             if item.level == 0 and top not in sys.stdlib_module_names and top not in OURS:
                 imported.add(DISTRIBUTIONS.get(top, top.replace("_", "-")))
-    extras = declared("diffusers") | declared("wandb")
+    extras = declared("diffusers") | declared("dinov2") | declared("wandb")
     assert imported - extras == declared("dependencies")

@@ -94,6 +94,7 @@ def test_save_and_load_are_exact_and_every_sampler_works(preset, cache, tmp_path
     model = build(preset, cache).eval()
     model.save_pretrained(tmp_path)
     loaded = LatentDiffusion.from_pretrained(tmp_path).eval()
+    prepare_network(loaded.network, CONFIGS[preset].train)  # another memory layout differs by rounding
     x = torch.randn(3, C, H, W, generator=generator("x"))
     sigma, labels = torch.tensor([0.05, 0.6, 12.0]), labels_of(model, 3)
     assert torch.equal(loaded.denoise(x, sigma, labels), model.denoise(x, sigma, labels))
