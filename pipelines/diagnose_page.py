@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..stage1_autoencoder.health import Figure, Section
+from .comparison import flatten
 from .health_plots import alternative, draw
 from .health_sections import SECTIONS
 from .pages import render
+from .report_paths import shorten
 from .report_pictures import data_uri
-from .report_tables import flatten
 
 if TYPE_CHECKING:
     from .diagnose import Health
@@ -21,9 +22,9 @@ WORDS = {"fault": "fault", "note": "note", "ok": "in order"}
 
 
 def health_page(health: Health, record: Mapping[str, Any]) -> str:
-    """Return the page about ``health``, whose numbers are ``record``."""
+    """Return the page about ``health``, whose numbers are ``record``; of paths and digests it shows the ends."""
     protocol = record["protocol"]
-    return render(
+    page = render(
         "health.html.j2",
         title=f"Latent health of {protocol['autoencoder']['path']}",
         lead=_lead(record),
@@ -39,6 +40,7 @@ def health_page(health: Health, record: Mapping[str, Any]) -> str:
         protocol={name: _text(value) for name, value in flatten(protocol).items() if not name.startswith("library")},
         versions=", ".join(f"{name} {version}" for name, version in protocol["library versions"].items() if version),
     )
+    return shorten(page)
 
 
 def _lead(record: Mapping[str, Any]) -> str:
