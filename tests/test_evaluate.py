@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from tiny_evaluation import HalfSize, TinyInception
+from torch import Tensor
 
 from wavelatent.common import reference_cache, reference_features
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
@@ -20,7 +20,6 @@ from wavelatent.common.evaluation import Result
 from wavelatent.common.feature_distances import FeatureStatistics, frechet_distance
 from wavelatent.common.image_metrics import psnr, ssim
 from wavelatent.common.images import open_data
-from wavelatent.common.latents import Posterior
 from wavelatent.common.metric_weights import MissingWeightsError
 from wavelatent.pipelines import evaluate, reconstructions
 from wavelatent.pipelines.evaluate import evaluate_generation, evaluate_reconstruction
@@ -28,38 +27,6 @@ from wavelatent.pipelines.sample_images import SampleOptions
 from wavelatent.stage2_diffusion.sampling import Sampling
 
 SIZE, COUNT = 32, 12
-
-
-class TinyInception:
-    """Six numbers per image: the mean of each half, per channel."""
-
-    name = "inception-v3-2015-12-05"
-    dim = 6
-    weights_sha256 = "of the stand-in"
-    images_seen = 0
-
-    def __init__(self, device: object = "cpu") -> None:
-        self.device = device
-
-    def __call__(self, images: Tensor) -> Tensor:
-        assert images.dtype == torch.uint8
-        TinyInception.images_seen += len(images)
-        return F.adaptive_avg_pool2d(images.float() / 255, (2, 1)).flatten(1).cpu()
-
-
-class HalfSize(nn.Module):
-    """An autoencoder that halves and doubles."""
-
-    downsampling, latent_channels = 2, 3
-
-    def encode(self, images: Tensor) -> Posterior:
-        return Posterior(F.avg_pool2d(images, 2), None)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return F.interpolate(latents, scale_factor=2)
-
-    def fingerprint(self) -> str:
-        return "half-size"
 
 
 def _save_images(folder: Path, count: int, seed: int, size: int = SIZE) -> Path:

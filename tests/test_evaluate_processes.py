@@ -24,22 +24,14 @@ PATIENCE = 120
 """Seconds that a process may take; one that waits for another for ever is killed, and the test fails."""
 
 
-class CountingInception(TinyInception):
-    images_seen = 0
-
-    def __call__(self, images: Tensor) -> Tensor:
-        CountingInception.images_seen += len(images)
-        return super().__call__(images)
-
-
 def missing(*_: object) -> None:
     raise MissingWeightsError("not here")
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    CountingInception.images_seen = 0
-    monkeypatch.setattr(evaluate, "InceptionFeatures", CountingInception)
+    TinyInception.images_seen = 0
+    monkeypatch.setattr(evaluate, "InceptionFeatures", TinyInception)
     monkeypatch.setattr(evaluate, "PerceptualDistance", missing)
     monkeypatch.setattr(evaluate, "load_autoencoder", lambda spec: HalfSize())
     monkeypatch.setattr(reference_cache, "cache_folder", lambda: tmp_path / "cache")
@@ -65,7 +57,7 @@ def together(processes: int, work: Callable[[], Result], out: Path) -> list[dict
             found = work().to_dict()
         except WavelatentError as error:
             found = {"error": type(error).__name__, "text": str(error)}
-        found["images_seen"] = CountingInception.images_seen
+        found["images_seen"] = TinyInception.images_seen
         (out / f"{PartialState().process_index}.json").write_text(json.dumps(found))
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -85,7 +77,7 @@ def assert_same(first: dict, other: dict) -> None:
 def test_generation_is_shared_and_every_process_returns_the_result(processes, data, samples, tmp_path, monkeypatch):
     one = evaluate_generation(samples=samples, data=str(data), batch_size=5, device="cpu").to_dict()
     monkeypatch.setattr(reference_cache, "cache_folder", lambda: tmp_path / "another")
-    CountingInception.images_seen = 0
+    TinyInception.images_seen = 0
     several = together(
         processes,
         lambda: evaluate_generation(samples=samples, data=str(data), batch_size=2, device="cpu", overwrite=True),
@@ -124,7 +116,7 @@ def test_more_processes_than_images(data, tmp_path):
 
 @pytest.mark.parametrize("how", ["out of memory", "signal", "usage", "by main"])
 def test_what_happens_in_one_process_ends_all_of_them(how, data, samples, tmp_path, monkeypatch):
-    class Troubled(CountingInception):
+    class Troubled(TinyInception):
         def __call__(self, images: Tensor) -> Tensor:
             if PartialState().process_index == 1 and how == "signal":
                 os.kill(os.getpid(), signal.SIGTERM)

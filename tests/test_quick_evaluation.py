@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from PIL import Image
+from tiny_evaluation import TinyInception
 from torch import Tensor
 
 from wavelatent.common import reference_cache
@@ -36,23 +37,6 @@ SETTINGS = {"num_samples": 10, "num_reference": 9, "batch_size": 3, "sampling": 
 Values = dict[str, float] | None
 PATIENCE = 120
 """Seconds that a process of several may take."""
-
-
-class TinyInception:
-    """Six numbers per image: the mean of each half, per channel."""
-
-    name = "inception-v3-2015-12-05"
-    dim = 6
-    weights_sha256 = "of the stand-in"
-    images_seen = 0
-
-    def __init__(self, device: object = "cpu") -> None:
-        self.device = device
-
-    def __call__(self, images: Tensor) -> Tensor:
-        assert images.dtype == torch.uint8
-        TinyInception.images_seen += len(images)
-        return F.adaptive_avg_pool2d(images.float() / 255, (2, 1)).flatten(1)
 
 
 class NoWeights(TinyInception):
