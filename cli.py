@@ -474,6 +474,14 @@ def export(as_json: bool, **arguments: Any) -> None:
     _emit(result, as_json, f"{result['model']}: {result['class']} of {result['parameters']:,} parameters")
 
 
+def _run_bench(bench: Any, describe: Any, precision: str | None, as_json: bool, arguments: dict[str, Any]) -> None:
+    given = {name: value for name, value in _given(arguments).items() if value != ()}
+    if precision is not None:
+        given["precisions"] = ["fp32" if precision == "no" else precision]
+    result = bench(**given)
+    _emit(result, as_json, describe(result))
+
+
 @cli.group()
 def bench() -> None:
     """Measure speed and memory side by side with the peers."""
@@ -498,11 +506,7 @@ def bench_autoencoder(precision: str | None, as_json: bool, **arguments: Any) ->
     from wavelatent.pipelines.bench import bench_autoencoder as run
     from wavelatent.pipelines.bench import describe
 
-    given = {name: value for name, value in _given(arguments).items() if value != ()}
-    if precision is not None:
-        given["precisions"] = ["fp32" if precision == "no" else precision]
-    result = run(**given)
-    _emit(result, as_json, describe(result))
+    _run_bench(run, describe, precision, as_json, arguments)
 
 
 @bench.command("diffusion")
@@ -523,11 +527,7 @@ def bench_diffusion(precision: str | None, as_json: bool, **arguments: Any) -> N
     from wavelatent.pipelines.bench_diffusion import bench_diffusion as run
     from wavelatent.pipelines.bench_diffusion import describe
 
-    given = {name: value for name, value in _given(arguments).items() if value != ()}
-    if precision is not None:
-        given["precisions"] = ["fp32" if precision == "no" else precision]
-    result = run(**given)
-    _emit(result, as_json, describe(result))
+    _run_bench(run, describe, precision, as_json, arguments)
 
 
 @cli.command()

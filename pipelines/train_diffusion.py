@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..common.distributed_features import in_agreement
+from ..common.distributed_features import by_main
 from ..common.errors import UsageError, WavelatentError
 from ..common.latent_cache import LatentCache
 from ..common.run_folder import RunFolder
@@ -63,10 +63,15 @@ def train_diffusion(config: DiffusionRunConfig, *, latents: Path, out: Path, opt
 
 
 def _open(latents: Path, accelerator: Accelerator) -> LatentCache:
-    """Open the cache in every process; the main one checks its files for all."""
+    """Open the cache in every process; the main one checks its files for all, which may take minutes."""
     if accelerator.num_processes == 1:
         return LatentCache.open(latents)
-    return in_agreement(accelerator, lambda: LatentCache.open(latents, verify=accelerator.is_main_process))
+
+    def check() -> None:
+        LatentCache.open(latents)
+
+    by_main(accelerator, check)
+    return LatentCache.open(latents, verify=False)
 
 
 def resolved(config: DiffusionRunConfig, cache: LatentCache) -> DiffusionRunConfig:

@@ -155,6 +155,9 @@ class MPBlock(nn.Module):
     ``[B, out_channels, h', w']`` with sides halved or doubled by ``resample``.
     """
 
+    branch_from_input: bool
+    """Whether the branch sees all channels of the input, or those of the main path."""
+
     def __init__(
         self,
         config: MPUNetConfig,
@@ -162,11 +165,11 @@ class MPBlock(nn.Module):
         out_channels: int,
         embedding: int,
         *,
-        branch_channels: int,
         attention: bool = False,
         resample: Literal["down", "up"] | None = None,
     ) -> None:
         super().__init__()
+        branch_channels = in_channels if self.branch_from_input else out_channels
         self.resample = resample
         self.balance = config.residual_balance
         self.skip = nn.Identity() if in_channels == out_channels else MPConv(in_channels, out_channels, 1)
@@ -196,20 +199,7 @@ class EncoderBlock(MPBlock):
     The 2x2 average that halves the sides loses magnitude, up to one half; pixel normalisation restores it.
     """
 
-    def __init__(
-        self,
-        config: MPUNetConfig,
-        in_channels: int,
-        out_channels: int,
-        embedding: int,
-        *,
-        attention: bool = False,
-        resample: Literal["down"] | None = None,
-    ) -> None:
-        super().__init__(
-            config, in_channels, out_channels, embedding,
-            branch_channels=out_channels, attention=attention, resample=resample,
-        )  # fmt: skip
+    branch_from_input = False
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return the block's output."""
@@ -222,20 +212,7 @@ class EncoderBlock(MPBlock):
 class DecoderBlock(MPBlock):
     """A block of the middle and the way up: double, then the branch, of all channels, beside the main path."""
 
-    def __init__(
-        self,
-        config: MPUNetConfig,
-        in_channels: int,
-        out_channels: int,
-        embedding: int,
-        *,
-        attention: bool = False,
-        resample: Literal["up"] | None = None,
-    ) -> None:
-        super().__init__(
-            config, in_channels, out_channels, embedding,
-            branch_channels=in_channels, attention=attention, resample=resample,
-        )  # fmt: skip
+    branch_from_input = True
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return the block's output."""

@@ -123,7 +123,7 @@ class DiffusionTrainer:
         bar = progress_bar("train-diffusion", self.step, config.steps, is_main=main)
         first_batch = self.step * config.gradient_accumulation
         threads = config.num_workers
-        measured_at = self.step if self.step == 0 or self.run.logged(self.step) else -1
+        measured_at = self.step if self.step == 0 or self._is_logged() else -1
         with bar, prefetched(self.latents.batch, first_batch, depth=2 * threads, threads=threads) as batches:
             while True:
                 done = self.step >= config.steps
@@ -149,6 +149,16 @@ class DiffusionTrainer:
                     raise Stopped(f"stopped by {reason} at step {self.step} of {config.steps}; run again to go on")
                 self._step(batches, clock)
                 bar.update()
+
+    def _is_logged(self) -> bool:
+        """Return whether the log has the present step, as the main process, which alone keeps the log, sees it.
+
+        Other processes may still see what it has just cut off; if they decided by that, they would measure alone.
+        """
+        flag = torch.zeros(1, device=self.accelerator.device)
+        if self.accelerator.is_main_process:
+            flag += self.run.logged(self.step)
+        return bool(self.accelerator.reduce(flag, "sum").item())
 
     def _step(self, batches: Prefetched[Batch], clock: Clock) -> None:
         """Take one optimiser step."""

@@ -124,6 +124,8 @@ def test_stage_two_also_where_it_is_resumed(tmp_path: Path) -> None:
     command = [*TRAIN_DIFFUSION, "--latents", write_cache(tmp_path)]
     one = train(tmp_path / "1", [], *command, "--max-steps", 3)
     _, start, _ = train(tmp_path / "2", TWO, *command, "--max-steps", 2)
+    with (tmp_path / "2" / "run" / "metrics.jsonl").open("a") as log_file:
+        log_file.write('{"step": 3}\n')  # of a step that is taken again: cut off by one process, seen by both
     log, _, end = train(tmp_path / "2", TWO, *command, "--max-steps", 3)
     assert_same_training(one, (log, start, end))
 
