@@ -51,18 +51,19 @@ def variant_configs(base: C, variants: Mapping[str, Mapping[str, Any]]) -> dict[
     """
     plain = base.model_dump(mode="json")
     return {
-        name: validate(type(base), merge(plain, _nested(changes)), f"variants.{name}")
+        name: validate(type(base), merge(plain, nested(changes)), f"variants.{name}")
         for name, changes in variants.items()
     }
 
 
-def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
+def nested(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``changes`` with dotted keys (``train.steps: 5``) as nested mappings (``train: {steps: 5}``)."""
+    result: dict[str, Any] = {}
     for dotted, value in changes.items():
         for key in reversed(dotted.split(".")):
             value = {key: value}
-        nested = merge(nested, value)
-    return nested
+        result = merge(result, value)
+    return result
 
 
 def make_cells(configs: Mapping[str, C], seeds: Sequence[int], root: Path, context: Mapping[str, Any]) -> list[Cell[C]]:

@@ -1,0 +1,184 @@
+"""What a CONFIG of ``study`` holds: the recipes of both stages, what is varied, how it is measured, what would count.
+
+The rule by which a claim is called supported or refuted stands here too, so that it is written down before any cell is
+trained; see ``docs/study.md``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..common.config import Config, Seed
+from ..common.lpips_metric import LpipsNet
+from ..stage2_diffusion.sampling import Grid
+from .diffusion_config import DiffusionRunConfig
+from .run_config import AutoencoderRunConfig
+
+Changes = dict[str, Any]
+"""Keys of ``autoencoder`` and ``diffusion``, nested or dotted: ``autoencoder.model.channels: 16``."""
+Levels = dict[str, str]
+"""A level by factor; a factor that is not named is at its first level."""
+
+
+class StudyDataConfig(Config):
+    """The images. Both may be left to the command line."""
+
+    train: str | None = None
+    """What is trained on, as ``--data``; all of it is the reference of the samples' FID and KID."""
+    validation: str | None = None
+    """What is reconstructed and diagnosed, as ``--eval-data``; None is ``train``, and the report says so."""
+    size: int | None = Field(None, ge=8)
+    """What both are brought to first; None takes them as they are."""
+
+
+class OneAtATimeConfig(Config):
+    """The first level of every factor, and every other level of one factor alone."""
+
+    kind: Literal["one_at_a_time"] = "one_at_a_time"
+
+
+class FactorialConfig(Config):
+    """Every combination of levels."""
+
+    kind: Literal["factorial"] = "factorial"
+    exclude: tuple[Levels, ...] = ()
+    """Combinations to leave out: those that have all of the levels that one of these names."""
+
+
+class NamedConfig(Config):
+    """The variants that are listed."""
+
+    kind: Literal["named"] = "named"
+    variants: dict[str, Levels] = Field(min_length=2)
+    """Levels by the variant's name. The first is the reference of the tables."""
+
+
+DesignConfig = Annotated[OneAtATimeConfig | FactorialConfig | NamedConfig, Field(discriminator="kind")]
+
+
+class StudyEvaluationConfig(Config):
+    """How every cell is measured; in float32, whatever the training's precision."""
+
+    num_samples: int = Field(2000, ge=2)
+    """Images that each cell generates, from noise that depends on its seed and not on its variant."""
+    sampler: str = "dpmpp_2m"
+    steps: int = Field(20, ge=1)
+    grid: Grid = "karras"
+    num_reconstructions: int | None = Field(None, ge=2)
+    """Images of ``data.validation`` that each autoencoder reconstructs; None is all of them."""
+    lpips_net: LpipsNet = "alex"
+    health: tuple[str, ...] = ("scale", "posterior", "gaussianity", "correlation", "spectrum", "geometry")
+    """Sections of the latent health report that are computed of every autoencoder; none: no report."""
+    health_images: int = Field(512, ge=2)
+    """Images that they look at, where there are as many."""
+
+
+Metric = Literal["kid_mean", "fid", "precision", "recall", "rfid", "psnr", "ssim", "lpips"]
+
+
+class ComparisonConfig(Config):
+    """One comparison of two levels of a factor, and which outcome a claim expects of it."""
+
+    factor: str
+    level: str
+    """The level that the claim is about."""
+    against: str
+    """The level that it is compared with."""
+    at: Levels = Field(default_factory=dict)
+    """Levels of other factors at which alone the two are compared; the others may be at any, equal on both sides."""
+    metric: Metric = "kid_mean"
+    expect: Literal["better", "worse", "no_worse"] = "better"
+    """``better`` or ``worse``, of which the metric knows the direction; or ``no_worse`` by more than ``margin``."""
+    margin: float = Field(0.0, ge=0)
+    """Of ``no_worse``, as a share of the metric (0.05: five percent); of PSNR, SSIM, precision and recall in their own
+    unit."""
+
+    @model_validator(mode="after")
+    def _margin_where_it_counts(self) -> ComparisonConfig:
+        if (self.expect == "no_worse") != (self.margin > 0):
+            raise ValueError("margin belongs to expect: no_worse, which needs one above 0")
+        if self.level == self.against:
+            raise ValueError(f"level and against are both {self.level!r}")
+        return self
+
+
+class ClaimConfig(Config):
+    """A statement and the comparisons that decide it: all must come out as expected; one the other way refutes it."""
+
+    statement: str = Field(min_length=1)
+    comparisons: tuple[ComparisonConfig, ...] = Field(min_length=1)
+
+
+class RuleConfig(Config):
+    """When a claim is supported or refuted. Fixed before the run: it is part of what the results record."""
+
+    level: float = Field(0.05, gt=0, lt=0.5)
+    """Probability, over all claims together, of calling one supported or refuted where there is no effect at all."""
+    spread: Literal["pooled", "paired"] = "pooled"
+    """Where the error of an effect comes from: the residuals of all cells about variant plus seed, which assumes one
+    variance for all variants; or the effect's own differences by seed alone, which assumes nothing and needs many."""
+
+
+class StudyConfig(Config):
+    """Variants times seeds through both stages under one protocol, and the claims that they are to decide."""
+
+    title: str = Field(min_length=1)
+    question: str = ""
+    """What the study answers, in a sentence or two."""
+    data: StudyDataConfig = StudyDataConfig()
+    autoencoder: AutoencoderRunConfig = AutoencoderRunConfig()
+    """The recipe of stage one that all variants share; usually ``{base: PRESET, ...}``."""
+    diffusion: DiffusionRunConfig = DiffusionRunConfig()
+    """The recipe of stage two."""
+    flips: bool = True
+    """Cache the latents of the mirror images too, and draw either in stage two."""
+    factors: dict[str, Annotated[dict[str, Changes], Field(min_length=1)]] = Field(min_length=1)
+    """What is varied: by factor, by level, what the level changes of the recipes. The first level is the base."""
+    design: DesignConfig = OneAtATimeConfig()
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
+    """Each decides initial weights, order of images, flips and noise of both stages, and the noise of the samples."""
+    evaluation: StudyEvaluationConfig = StudyEvaluationConfig()
+    claims: dict[str, ClaimConfig] = Field(default_factory=dict)
+    rule: RuleConfig = RuleConfig()
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_seed_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is given twice")
+        return seeds
+
+    @field_validator("factors")
+    @classmethod
+    def _both_stages_and_nothing_else(cls, factors: dict[str, dict[str, Changes]]) -> dict[str, dict[str, Changes]]:
+        for factor, level, changes in ((f, name, c) for f, levels in factors.items() for name, c in levels.items()):
+            for key in changes:
+                stage, _, rest = key.partition(".")
+                if stage not in {"autoencoder", "diffusion"}:
+                    raise ValueError(f"{factor}.{level} changes {key!r}: keys begin with autoencoder. or diffusion.")
+                if rest == "seed" or (not rest and "seed" in (changes[key] or {})):
+                    raise ValueError(f"{factor}.{level} changes the seed, which is what seeds are for")
+        return factors
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> StudyConfig:
+        named = [("design.variants", levels) for levels in getattr(self.design, "variants", {}).values()]
+        named += [("design.exclude", levels) for levels in getattr(self.design, "exclude", ())]
+        for claim, config in self.claims.items():
+            for comparison in config.comparisons:
+                for level in (comparison.level, comparison.against):
+                    named.append((f"claims.{claim}", {comparison.factor: level}))
+                named.append((f"claims.{claim}.at", comparison.at))
+                if comparison.factor in comparison.at:
+                    raise ValueError(f"claims.{claim}: {comparison.factor!r} is compared, so it cannot be held in at")
+        for where, (factor, level) in itertools.chain.from_iterable(
+            (((where, item) for item in levels.items()) for where, levels in named)
+        ):
+            if factor not in self.factors:
+                raise ValueError(f"{where}: no factor {factor!r}; there are {', '.join(self.factors)}")
+            if level not in self.factors[factor]:
+                raise ValueError(f"{where}: {factor} has no level {level!r}; it has {', '.join(self.factors[factor])}")
+        return self
