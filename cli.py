@@ -180,9 +180,9 @@ def _emit_run(out: Path, trained: bool, as_json: bool) -> None:
 
 
 def _emit_metrics(result: Any, as_json: bool) -> None:
-    from wavelatent.pipelines.evaluation_text import describe
+    from wavelatent.pipelines.evaluation_text import describe, paper_line
 
-    _emit(result.to_dict(), as_json, describe(result))
+    _emit({**result.to_dict(), "paper_line": paper_line(result)}, as_json, describe(result))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

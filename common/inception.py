@@ -1,15 +1,13 @@
-"""Inception V3 features, on which FID and KID are defined, and how a stream of images becomes a matrix of them."""
+"""Inception V3 features, on which FID and KID are defined."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from tqdm import tqdm
 
 from .metric_weights import inception_weights
 from .precision import full_float32
@@ -55,18 +53,6 @@ class InceptionFeatures:
         with full_float32(self.device):
             features = [self._network(part.to(self.device))[0] for part in parts]
         return torch.cat(features).float().cpu()
-
-
-def extract_features(
-    extractor: InceptionFeatures, images: Iterable[Tensor], *, total: int | None = None, label: str = "Inception"
-) -> Tensor:
-    """Return the features ``[N, dim]`` float32 of a stream of uint8 batches ``[B,3,H,W]``; progress goes to stderr."""
-    features = [torch.empty(0, extractor.dim)]
-    with tqdm(total=total, desc=label, unit="img", leave=False) as progress:
-        for batch in images:
-            features.append(extractor(batch))
-            progress.update(len(batch))
-    return torch.cat(features)
 
 
 def _build_network(tensors: dict[str, Tensor], layer: FeatureLayer) -> torch.nn.Module:

@@ -108,6 +108,7 @@ def evaluate_reconstruction(
             "autoencoder": {"path": ae, **work.protocol()},
             "latents": "posterior mode",
             "lpips_net": lpips_net,
+            "num_samples": len(work.indices),
             **_asked(intervals, dinov2),
         }
         folder = Path(ae) / "evaluation-reconstruction" if Path(ae).is_dir() else None
@@ -131,7 +132,7 @@ def evaluate_reconstruction(
                 write_per_image(beside(path, "per-image.csv"), work.data, work.indices, per_image)
                 shown = [image["index"] for image in worst.get("lpips") or worst["psnr"]]
                 save_worst(beside(path, "worst-reconstructions.png"), *work.pairs(shown))
-            return _finish(measured, {**protocol, "num_samples": len(values)}, path, begin, worst)
+            return _finish(measured, protocol, path, begin, worst)
 
         return by_main(accelerator, measure)
 
@@ -213,6 +214,7 @@ def evaluate_generation(
 
         def look() -> tuple[dict[str, Any], Result | None]:
             protocol = {**reference.protocol(), **source.protocol(), **_asked(intervals, dinov2)}
+            protocol["num_samples"] = len(source)
             return protocol, None if overwrite else finished(path, protocol)
 
         protocol, done = by_main(accelerator, look)
@@ -235,7 +237,7 @@ def evaluate_generation(
         def measure() -> Result:
             measured = Measurement(not_computed=missing, notes=[*source.notes(), *reference.notes()])
             measured.add(features.figures(full="fid", intervals=intervals))
-            return _finish(measured, {**protocol, "num_samples": len(source)}, path, begin)
+            return _finish(measured, protocol, path, begin)
 
         return by_main(accelerator, measure)
 

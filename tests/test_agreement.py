@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wavelatent.common.feature_distances import FeatureStatistics, FrechetReference, frechet_distance, kernel_distance
-from wavelatent.common.inception import InceptionFeatures, extract_features
+from wavelatent.common.inception import InceptionFeatures
 from wavelatent.common.manifolds import manifold_figures
 from wavelatent.common.metric_weights import MissingWeightsError, inception_weights
 from wavelatent.common.torchvision_import import ensure_torchvision
@@ -70,6 +70,7 @@ def test_figures_of_the_same_images_are_those_of_the_libraries(monkeypatch):
     ensure_torchvision()
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
 
     try:
         weights = inception_weights()
@@ -80,7 +81,7 @@ def test_figures_of_the_same_images_are_those_of_the_libraries(monkeypatch):
         torch.randint(*limits, (68, 3, 37, 29), dtype=torch.uint8, generator=draw) for limits in ((0, 200), (40, 256))
     ]
     extractor = InceptionFeatures(layer="64")
-    first, second = (extract_features(extractor, batch.split(33)) for batch in images)
+    first, second = (extractor(batch) for batch in images)
     network = torch_fidelitys_network(weights.tensors)
     with torch.no_grad():
         theirs = [torch.cat([network(part)[0] for part in batch.split(16)]).double() for batch in images]
@@ -90,6 +91,13 @@ def test_figures_of_the_same_images_are_those_of_the_libraries(monkeypatch):
     assert figure == pytest.approx(pytorch_fids_distance(*theirs, monkeypatch), rel=1e-3)
     kid = kid_features_to_metric(*theirs, kid_subset_size=34, verbose=False)
     assert kernel_distance(first, second).mean == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-3)
+    # Of sets that share a part: those of the two kinds of images lie wholly apart.
+    mixed = [[torch.cat([x[:40], y[:9]]), torch.cat([x[40:], y[9:]])] for x, y in ((first, second), theirs)]
+    prc = prc_features_to_metric(*(features.float() for features in mixed[1]), prc_neighborhood=3, verbose=False)
+    figures = manifold_figures(*mixed[0])
+    assert (figures.precision, figures.recall) == pytest.approx((prc["precision"], prc["recall"]), rel=1e-3)
+    assert 0 < figures.precision < 1
+    assert 0 < figures.recall < 1
 
 
 def torch_fidelitys_network(tensors: dict[str, Tensor]) -> torch.nn.Module:

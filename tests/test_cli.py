@@ -88,6 +88,7 @@ def test_the_pipeline_command_by_command(run, folder, monkeypatch):
     assert 0 < result["metrics"]["psnr"] < 60
     assert "rfid" not in result["metrics"]
     assert result["not_computed"]["rfid"]
+    assert result["paper_line"].startswith(f"PSNR {result['metrics']['psnr']:.2f} [")
     code, out, err = run("evaluate", "generation", "--samples", folder / "samples", *DATA)
     assert code == 1  # without the weights there is nothing it could measure
     assert "WAVELATENT_OFFLINE" in err

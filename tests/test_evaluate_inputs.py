@@ -71,7 +71,8 @@ def test_samples_and_reference_may_be_adm_archives(data, samples, tmp_path, save
     assert Result.load(tmp_path / "s.metrics.json") == from_files
     assert from_files.protocol["num_samples"] == from_files.protocol["num_reference"] == COUNT
     assert from_files.protocol["crop"] is None, "nobody knows how they were cut"
-    assert evaluate_generation(samples=tmp_path / "s.npz", data=str(data), num=7).protocol["num_samples"] == 7
+    for num in (7, 6):  # a file is the same whatever is taken of it
+        assert evaluate_generation(samples=tmp_path / "s.npz", data=str(data), num=num).protocol["num_samples"] == num
     with pytest.raises(WavelatentError, match="holds 13 images, 14 asked for"):
         evaluate_generation(samples=tmp_path / "s.npz", data=str(data), num=14)
     reconstruction = evaluate_reconstruction("half", str(tmp_path / "d.npz"), num_images=6)

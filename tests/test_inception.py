@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wavelatent.common.feature_distances import FeatureStatistics, frechet_distance, kernel_distance
-from wavelatent.common.inception import InceptionFeatures, extract_features
+from wavelatent.common.inception import InceptionFeatures
 from wavelatent.common.metric_weights import MissingWeightsError, inception_weights
 from wavelatent.common.torchvision_import import ensure_torchvision
 
@@ -40,13 +40,13 @@ def documented_images(weights) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_fid_with_64_features_is_torchmetrics_documented_answer(documented_images):
     extractor = InceptionFeatures(layer="64")
-    first, second = (FeatureStatistics.of(extract_features(extractor, x.split(25))) for x in documented_images)
+    first, second = (FeatureStatistics.of(extractor(x)) for x in documented_images)
     assert frechet_distance(first, second) == pytest.approx(12.7202, abs=5e-4)
 
 
 def test_kid_is_torchmetrics_documented_answer(documented_images):
     extractor = InceptionFeatures()
-    first, second = (extract_features(extractor, images.split(25)) for images in documented_images)
+    first, second = (extractor(images) for images in documented_images)
     kid = kernel_distance(first, second, subset_size=50)
     # Both average over 100 random subsets, not the same ones: their means differ by their standard error.
     assert kid.mean == pytest.approx(0.0337, abs=3 * 0.0023 / 10)
