@@ -1,0 +1,46 @@
+"""The metrics that tables of several runs hold: their names, which way is better, and the scale that they vary on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Scale = Literal["ratio", "difference"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a metric stands in a table, and how two of its values are compared.
+
+    Attributes:
+        label: what a paper calls it.
+        digits: decimals that it is printed with.
+        higher_is_better: whether a larger value is the better one.
+        stage: 1 where it measures an autoencoder's reconstructions, 2 where it measures samples.
+        scale: whether two values are compared by their ``ratio``, as distances are, whose spread grows with them, or
+            by their ``difference``.
+    """
+
+    label: str
+    digits: int
+    higher_is_better: bool
+    stage: Literal[1, 2]
+    scale: Scale
+
+    @property
+    def heading(self) -> str:
+        """The label and the direction that is better."""
+        return f"{self.label} {'↑' if self.higher_is_better else '↓'}"
+
+
+METRICS = {
+    "kid_mean": Column("KID", 5, False, 2, "ratio"),
+    "fid": Column("FID", 2, False, 2, "ratio"),
+    "precision": Column("precision", 3, True, 2, "difference"),
+    "recall": Column("recall", 3, True, 2, "difference"),
+    "rfid": Column("rFID", 2, False, 1, "ratio"),
+    "psnr": Column("PSNR (dB)", 2, True, 1, "difference"),
+    "ssim": Column("SSIM", 4, True, 1, "difference"),
+    "lpips": Column("LPIPS", 4, False, 1, "ratio"),
+}
+"""By their name in ``metrics.json``."""
