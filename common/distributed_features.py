@@ -7,7 +7,7 @@ every collective the processes agree that all of them have come so far.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache as cache_calls
@@ -83,6 +83,28 @@ def by_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
             pass
         result = in_agreement(accelerator, lambda: None if future is None else future.result())
     return cast(T, broadcast_object_list([result])[0])
+
+
+def known_to_any(accelerator: Accelerator, known: Mapping[str, str]) -> dict[str, str]:
+    """Return in every process what any of them knows, by name; where several know one, the first process counts."""
+    from accelerate.utils import gather_object
+
+    return {name: value for each in reversed(gather_object([dict(known)])) for name, value in each.items()}
+
+
+def require_same(accelerator: Accelerator, what: str, value: object) -> None:
+    """Refuse to go on where ``value`` is not the same everywhere: processes on several machines see files of their own.
+
+    Raises:
+        WavelatentError: in every process, naming ``what``.
+    """
+    from accelerate.utils import gather_object
+
+    first, *others = gather_object([value])
+    if differing := [process for process, other in enumerate(others, start=1) if other != first]:
+        raise WavelatentError(
+            f"{what} is not the same in process 0 and in process {differing[0]}: give all of them the same files"
+        )
 
 
 def _one_line(error: Exception) -> str:

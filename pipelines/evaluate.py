@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.adm_npz import is_npz
 from ..common.dinov2 import Dinov2Features
-from ..common.distributed_features import by_main, in_agreement
+from ..common.distributed_features import by_main, in_agreement, known_to_any, require_same
 from ..common.errors import UsageError, WavelatentError
 from ..common.evaluation import (
     INTERVALS_PROTOCOL,
@@ -102,6 +102,7 @@ def evaluate_reconstruction(
                 data, size=size, max_bad_fraction=max_bad_fraction, num=num_images, seed=seed
             ).images_alone(),
         )
+        require_same(accelerator, f"--data {data}", reference.fingerprint)
         work = in_agreement(accelerator, lambda: _reconstructions(ae, reference, place, mixed_precision, tile))
         protocol = {
             **reference.protocol(),
@@ -111,13 +112,15 @@ def evaluate_reconstruction(
             "num_samples": len(work.indices),
             **_asked(intervals, dinov2),
         }
+        require_same(accelerator, f"--ae {ae}", protocol["autoencoder"]["fingerprint"])
         folder = Path(ae) / "evaluation-reconstruction" if Path(ae).is_dir() else None
         path = result_path(out, folder)
         if done := by_main(accelerator, lambda: None if overwrite else finished(path, protocol)):
             return done
         missing: dict[str, str] = {}
         work.lpips = in_agreement(accelerator, lambda: _lpips(lpips_net, place, missing))
-        networks = in_agreement(accelerator, lambda: _networks("rfid", place, dinov2, protocol, missing))
+        networks = _networks(accelerator, "rfid", place, dinov2, protocol, missing)
+        work.lpips = None if "lpips" in missing else work.lpips
         features = FeaturePass(accelerator, networks, reference, batch_size, stop)
         values = features.collect(work, len(work.indices), len(FIGURES), batch_size, "reconstructions")
 
@@ -209,7 +212,9 @@ def evaluate_generation(
             assert run is not None, "seen to above"
             return RunSamples(run, _seeds(num, seeds, seed), options, device=place)
 
+        require_same(accelerator, f"--data {data}", reference.fingerprint)
         source = in_agreement(accelerator, open_source)
+        require_same(accelerator, f"--samples {samples}", len(source))
         path = result_path(out, _beside_samples(samples, run))
 
         def look() -> tuple[dict[str, Any], Result | None]:
@@ -221,7 +226,7 @@ def evaluate_generation(
         if done is not None:
             return done
         missing: dict[str, str] = {}
-        networks = in_agreement(accelerator, lambda: _networks("fid", place, dinov2, protocol, missing))
+        networks = _networks(accelerator, "fid", place, dinov2, protocol, missing)
         if "fid" in missing:
             if not networks:
                 raise MissingWeightsError(missing["fid"])
@@ -282,18 +287,35 @@ def _lpips(net: LpipsNet, device: torch.device, missing: dict[str, str]) -> Perc
 
 
 def _networks(
-    name: str, device: torch.device, dinov2: str | None, protocol: dict[str, Any], missing: dict[str, str]
+    accelerator: Accelerator,
+    name: str,
+    device: torch.device,
+    dinov2: str | None,
+    protocol: dict[str, Any],
+    missing: dict[str, str],
 ) -> dict[str, FeatureNetwork]:
-    """Return the networks by their Fréchet distance's name; write into ``protocol`` which they are."""
-    networks: dict[str, FeatureNetwork] = {}
-    try:
-        networks[name] = inception = InceptionFeatures(device)
-        protocol["weights_sha256"] = inception.weights_sha256
-    except MissingWeightsError as error:
-        missing[name] = str(error)
+    """Return the networks that every process has, by their Fréchet distance's name; write both into ``protocol``.
+
+    What is ``missing`` to one process is missing to all: they may be on machines of which one has no weights.
+    """
+
+    def load() -> dict[str, FeatureNetwork]:
+        found: dict[str, FeatureNetwork] = {}
+        try:
+            found[name] = InceptionFeatures(device)
+        except MissingWeightsError as error:
+            missing[name] = str(error)
+        if dinov2 is not None:
+            found[DINOV2] = Dinov2Features(dinov2, device)
+        return found
+
+    networks = in_agreement(accelerator, load)
+    missing.update(known_to_any(accelerator, missing))
+    networks = {each: network for each, network in networks.items() if each not in missing}
+    if name in networks:
+        protocol["weights_sha256"] = networks[name].weights_sha256
     if dinov2 is not None:
-        networks[DINOV2] = network = Dinov2Features(dinov2, device)
-        protocol["dinov2"] = dinov2_protocol(dinov2, network)
+        protocol["dinov2"] = dinov2_protocol(dinov2, networks[DINOV2])
     return networks
 
 

@@ -10,7 +10,6 @@ import torch
 
 from ..common.adm_npz import GivenStatistics, NpzFile, NpzImages, is_npz
 from ..common.dinov2 import RESIZE_NAME as DINOV2_RESIZE
-from ..common.dinov2 import Dinov2Features
 from ..common.distributed_features import shared_reference
 from ..common.errors import UsageError
 from ..common.images import ImageData, open_data
@@ -91,7 +90,7 @@ class ReferenceData:
             images, num, seed = self.images, self.num, self.seed
             found = reference_features(images, network, num=num, seed=seed, batch_size=batch_size, stop=stop)
         else:
-            images, cache = self.images, ReferenceCache(self.fingerprint, network, self.seed)
+            images, cache = self.images, ReferenceCache(self.images.fingerprint(), network, self.seed)
             count = len(self.indices)
             found = shared_reference(accelerator, network, cache, lambda: images, count, batch_size, stop)
         is_inception = network.name == FEATURES_NAME
@@ -120,7 +119,7 @@ def open_reference(
     return opened
 
 
-def dinov2_protocol(source: str, network: Dinov2Features) -> dict[str, Any]:
+def dinov2_protocol(source: str, network: FeatureNetwork) -> dict[str, Any]:
     """Return how ``fd_dinov2`` was defined; its features are never Inception's, nor is it ever called FID."""
     return {
         "source": source,

@@ -19,6 +19,7 @@ from wavelatent.common.evaluation import Result
 from wavelatent.common.metric_weights import MissingWeightsError
 from wavelatent.pipelines import evaluate
 from wavelatent.pipelines.evaluate import evaluate_generation, evaluate_reconstruction
+from wavelatent.pipelines.evaluation_inputs import open_reference
 
 PATIENCE = 120
 """Seconds that a process may take; one that waits for another for ever is killed, and the test fails."""
@@ -112,6 +113,36 @@ def test_more_processes_than_images(data, tmp_path):
     )
     one = evaluate_reconstruction("half", str(data), num_images=2, device="cpu", intervals=False).to_dict()
     assert_same(one, several[0])
+
+
+def test_what_one_process_misses_all_do_without(data, tmp_path, monkeypatch):
+    class AbsentInTheSecond(torch.nn.Module):
+        def __init__(self, net: str) -> None:
+            super().__init__()
+            if PartialState().process_index == 1:
+                raise MissingWeightsError("not on the second machine")
+
+    class AbsentInTheFirst(TinyInception):
+        def __init__(self, device: object = "cpu") -> None:
+            if PartialState().process_index == 0:
+                raise MissingWeightsError("not on the first machine")
+
+    monkeypatch.setattr(evaluate, "PerceptualDistance", AbsentInTheSecond)
+    monkeypatch.setattr(evaluate, "InceptionFeatures", AbsentInTheFirst)
+    for found in together(2, lambda: evaluate_reconstruction("half", str(data), device="cpu"), tmp_path):
+        assert set(found["metrics"]) == {"psnr", "psnr_interval", "ssim", "ssim_interval"}
+        assert found["not_computed"] == {"rfid": "not on the first machine", "lpips": "not on the second machine"}
+        assert found["protocol"]["weights_sha256"] is None
+
+
+def test_processes_that_see_other_files_are_refused_by_name(data, samples, tmp_path, monkeypatch):
+    def of_one_machine(spec: str, **options: object) -> object:
+        return open_reference(str(samples) if PartialState().process_index == 1 else spec, **options)
+
+    monkeypatch.setattr(evaluate, "open_reference", of_one_machine)
+    for found in together(2, lambda: evaluate_generation(samples=samples, data=str(data), device="cpu"), tmp_path):
+        assert found["error"] == "WavelatentError"
+        assert f"--data {data} is not the same in process 0 and in process 1" in found["text"]
 
 
 @pytest.mark.parametrize("how", ["out of memory", "signal", "usage", "by main"])
