@@ -7,17 +7,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-T_975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""The 97.5 % quantile of Student's t with 1, 2, ... 30 degrees of freedom (NIST/SEMATECH e-Handbook of Statistical
-Methods, section 1.3.6.7.2)."""
+from scipy.special import stdtrit
 
 
-def t_quantile(degrees: int) -> float:
-    """Return the two-sided 95 % quantile of Student's t; above 30 degrees that of 30, which is at most 4 % too wide."""
-    return T_975[min(degrees, len(T_975)) - 1]
+def t_quantile(degrees: int, probability: float = 0.975) -> float:
+    """Return the quantile of Student's t at ``probability``, by default the two-sided 95 % one."""
+    return float(stdtrit(degrees, probability))
 
 
 @dataclass(frozen=True)

@@ -9,28 +9,9 @@ from typing import Any
 from ..common.evaluation import Result
 from .ablate_config import AblationConfig
 from .ablate_statistics import Difference, Spread, t_quantile
+from .metric_columns import METRICS
 
-
-@dataclass(frozen=True)
-class Column:
-    """How a metric stands in a table."""
-
-    label: str
-    digits: int
-    higher_is_better: bool
-
-    @property
-    def heading(self) -> str:
-        """The label and the direction that is better."""
-        return f"{self.label} {'↑' if self.higher_is_better else '↓'}"
-
-
-COLUMNS = {
-    "rfid": Column("rFID", 2, False),
-    "psnr": Column("PSNR (dB)", 2, True),
-    "ssim": Column("SSIM", 4, True),
-    "lpips": Column("LPIPS", 4, False),
-}
+COLUMNS = {name: METRICS[name] for name in ("rfid", "psnr", "ssim", "lpips")}
 
 
 @dataclass(frozen=True)
@@ -177,7 +158,7 @@ def _value_table(table: Mapping[str, Any], metrics: Sequence[str]) -> str:
         cells = [_figure(variant["metrics"].get(metric), COLUMNS[metric].digits) for metric in metrics]
         steps = ", ".join(dict.fromkeys(f"{run['steps']:,}" for run in variant["runs"] if not run["failed"]))
         rows.append([name, *cells, _figure(variant["train_seconds"], 0), steps or "–"])
-    return _grid(rows)
+    return grid(rows)
 
 
 def _figure(spread: Mapping[str, Any] | None, digits: int) -> str:
@@ -194,7 +175,7 @@ def _difference_table(table: Mapping[str, Any], metrics: Sequence[str]) -> str:
     for name, variant in table["variants"].items():
         if name != table["baseline"]:
             rows.append([name, *(_verdict(variant["differences"].get(m), COLUMNS[m].digits) for m in metrics)])
-    return _grid(rows)
+    return grid(rows)
 
 
 def _verdict(difference: Mapping[str, Any] | None, digits: int) -> str:
@@ -202,16 +183,18 @@ def _verdict(difference: Mapping[str, Any] | None, digits: int) -> str:
         return "–"
     interval = ""
     if difference["interval"] is not None:
-        interval = " [{}]".format(", ".join(_signed(bound, digits) for bound in difference["interval"]))
+        interval = " [{}]".format(", ".join(signed(bound, digits) for bound in difference["interval"]))
     verdict = difference["verdict"]
     verdict = f"**{verdict}**" if verdict in {"better", "worse"} else verdict
-    return f"{_signed(difference['mean'], digits)}{interval} {verdict}"
+    return f"{signed(difference['mean'], digits)}{interval} {verdict}"
 
 
-def _signed(value: float, digits: int) -> str:
+def signed(value: float, digits: int) -> str:
+    """Return a number with its sign, a true minus."""
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
-def _grid(rows: Sequence[Sequence[str]]) -> str:
+def grid(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells, the head first, as a Markdown table."""
     head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])

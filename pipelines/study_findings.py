@@ -1,8 +1,8 @@
 """What the analysis of a study finds, as plain values: what ``results.json`` holds and the report shows.
 
 An effect is given on the scale of its metric (:data:`~.metric_columns.METRICS`): of a ``ratio`` 1 is no effect and 0.93
-is 7 % lower, of a ``difference`` 0 is no effect. Standard errors (``error``, ``image_error``) are those of the logarithm
-of a ratio, which is a share of the metric: 0.03 is 3 %.
+is 7 % lower, of a ``difference`` 0 is no effect. Standard errors (``error``, ``image_error``) are of the logarithm of a
+ratio, which makes them shares of the metric: 0.03 is 3 %.
 """
 
 from __future__ import annotations

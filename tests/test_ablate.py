@@ -300,7 +300,7 @@ def test_spread_and_paired_interval_by_hand():
     spread = Spread.of([1.0, 2.0, 6.0])
     assert (spread.mean, spread.std) == (3.0, pytest.approx(math.sqrt(7)))  # (4 + 1 + 9) / 2
     difference = Difference.of([1.0, 2.0, 6.0], [0.0, 3.0, 3.0])  # 1, -1, 3: mean 1, deviation 2
-    half = 4.303 * 2 / math.sqrt(3)
+    half = 4.302653 * 2 / math.sqrt(3)
     assert difference.spread.values == (1.0, -1.0, 3.0)
     assert difference.interval == pytest.approx((1 - half, 1 + half))
     assert Spread.of([2.0]).std is None
@@ -308,8 +308,9 @@ def test_spread_and_paired_interval_by_hand():
 
 def test_the_quantiles_are_those_of_students_t():
     for degrees in range(1, 31):
-        assert t_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=6e-4)
-    assert t_quantile(200) == t_quantile(30)
+        assert t_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees))
+    assert t_quantile(10, 1 - 0.05 / 16) == pytest.approx(stats.t.ppf(0.996875, 10))
+    assert t_quantile(2) == pytest.approx(4.303, abs=5e-4)  # NIST/SEMATECH e-Handbook, section 1.3.6.7.2
 
 
 @pytest.mark.parametrize(
