@@ -118,6 +118,10 @@ class NpzImages:
         """Return image ``index`` as uint8 ``[size, size, 3]``."""
         return np.array(self._images[index])
 
+    def name(self, index: int) -> str:
+        """Return the row of image ``index``, which has no other name."""
+        return f"arr_0[{index}]"
+
     def label(self, index: int) -> int | None:
         """Return None: the classes that the file may hold play no part here."""
         return None

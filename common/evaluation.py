@@ -135,8 +135,8 @@ def set_figures(
         reference: what they are held against. Where it is statistics without features, only the Fréchet distance can
             be had.
         only_frechet: leave out ``kid_mean``, ``kid_std``, ``precision``, ``recall``, ``density`` and ``coverage``.
-        intervals: also give intervals, and the Fréchet distance extrapolated to infinitely many samples as
-            ``<name>_extrapolated``.
+        intervals: also give intervals of all but ``kid_std``, which is a spread itself, and the Fréchet distance
+            extrapolated to infinitely many samples as ``<name>_extrapolated``.
     """
     result = Measurement()
     _frechet(result, name, features, reference, intervals)
@@ -183,6 +183,7 @@ def _extrapolate(result: Measurement, name: str, features: Tensor, against: Frec
         result.notes.append(str(error))
         return
     result.metrics[name] = line.value
+    result.intervals[name] = line.interval
     points = [list(point) for point in line.points]
     result.protocol[name] = {"method": EXTRAPOLATION, "error": line.error, "slope": line.slope, "points": points}
 

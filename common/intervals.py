@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .errors import WavelatentError
 from .feature_distances import FeatureStatistics, FrechetReference, KernelDistance
-from .manifolds import MAX_MANIFOLD_IMAGES, figures_of_parts
+from .manifolds import at_most, figures_of_parts
 from .randomness import generator
 
 REPLICATES = 1000
@@ -60,6 +60,12 @@ class Extrapolated:
     error: float
     points: tuple[tuple[int, float], ...]
 
+    @property
+    def interval(self) -> Interval:
+        """The 95 % interval of ``value`` by ``error``; it may reach below zero, as an estimate may."""
+        reach = _NORMAL_975 * self.error
+        return Interval(self.value - reach, self.value + reach)
+
 
 def mean_interval(values: Tensor, *, seed: int = 0) -> Interval:
     """Return the interval of the mean of per-image ``values`` ``[N]``, such as PSNR, SSIM or LPIPS.
@@ -92,10 +98,10 @@ def kernel_interval(samples: Tensor, reference: Tensor, figure: KernelDistance, 
     """Return the interval of KID's mean ``figure`` between samples ``[N, dim]`` and reference ``[M, dim]``.
 
     As for FID, each image's influence ``2 (mean_j k(x, x_j) - mean_j k(x, y_j))`` is resampled. What the choice of the
-    figure's random subsets adds, its deviation over the root of their number, is added in squares. Of more than
-    :data:`MAX_MANIFOLD_IMAGES` images a side the first are taken, and the spread is scaled to the number of all.
+    figure's random subsets adds, its deviation over the root of their number, is added in squares. Of more images a
+    side than :func:`.at_most` lets pass, the spread is scaled to the number of all.
     """
-    few, others = samples[:MAX_MANIFOLD_IMAGES].float(), reference[:MAX_MANIFOLD_IMAGES].float()
+    few, others = at_most(samples).float(), at_most(reference).float()
     influence = []
     for start in range(0, len(few), _BLOCK):
         rows = few[start : start + _BLOCK]
@@ -124,7 +130,7 @@ def manifold_intervals(samples: Tensor, reference: Tensor, *, seed: int = 0) -> 
     is the bootstrap with weights 0 and 2, Præstgaard and Wellner 1993); it is put around the figure of the whole set,
     cut at the figure's bounds. Of larger sets the images are taken that :func:`.manifold_figures` takes.
     """
-    samples, reference = samples[:MAX_MANIFOLD_IMAGES], reference[:MAX_MANIFOLD_IMAGES]
+    samples, reference = at_most(samples), at_most(reference)
     draw = generator("halves", seed)
     present = torch.ones(HALVES + 1, len(samples), dtype=torch.bool)
     for half in present[1:]:

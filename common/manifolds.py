@@ -35,16 +35,26 @@ def manifold_figures(samples: Tensor, reference: Tensor) -> ManifoldFigures:
     :data:`MANIFOLD_NEIGHBOURS`: the part of the samples within a ball of the reference, and the reverse; each ball
     reaches to its centre's third neighbour. Density and coverage are those of Naeem et al. 2020 (arXiv 2002.09797) with
     :data:`DENSITY_NEIGHBOURS`: the mean number of the reference's balls around a sample over five, which may exceed 1,
-    and the part of the reference's balls that hold a sample. All depend on the sizes of the sets. Of a larger set the
-    first :data:`MAX_MANIFOLD_IMAGES` rows are taken, which bounds the memory: at most a few hundred megabytes.
+    and the part of the reference's balls that hold a sample. All depend on the sizes of the sets. Of a larger set
+    :func:`at_most` takes :data:`MAX_MANIFOLD_IMAGES` rows, which bounds the memory: at most a few hundred megabytes.
 
     Raises:
         WavelatentError: a side has fewer than 6 images.
     """
-    samples, reference = samples[:MAX_MANIFOLD_IMAGES], reference[:MAX_MANIFOLD_IMAGES]
+    samples, reference = at_most(samples), at_most(reference)
     everybody = torch.ones(1, len(samples), dtype=torch.bool)
     precision, recall, density, coverage = figures_of_parts(samples, reference, everybody)[0].tolist()
     return ManifoldFigures(precision, recall, density, coverage, len(samples), len(reference))
+
+
+def at_most(features: Tensor) -> Tensor:
+    """Return :data:`MAX_MANIFOLD_IMAGES` of the rows, evenly spread, or all where there are no more.
+
+    Not the first ones: samples may be in the order of their classes.
+    """
+    if len(features) <= MAX_MANIFOLD_IMAGES:
+        return features
+    return features[torch.arange(MAX_MANIFOLD_IMAGES) * len(features) // MAX_MANIFOLD_IMAGES]
 
 
 def figures_of_parts(samples: Tensor, reference: Tensor, present: Tensor) -> Tensor:

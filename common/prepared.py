@@ -112,6 +112,11 @@ class PreparedFolder:
         shard, row = self._locate(index)
         return int(self._labels[shard][row])
 
+    def name(self, index: int) -> str:
+        """Return the file and the row of image ``index``: what it was called before is not kept."""
+        shard, row = self._locate(index)
+        return f"{self.manifest.shards[shard].file}[{row}]"
+
     def fingerprint(self) -> str:
         """Return the sha256 over the pixels' checksums, the labels and the transform."""
         return self.manifest.fingerprint

@@ -23,6 +23,7 @@ from wavelatent.pipelines import evaluate
 from wavelatent.pipelines.comparison import differences
 from wavelatent.pipelines.evaluate import evaluate_generation, evaluate_reconstruction
 from wavelatent.pipelines.evaluation_text import describe, paper_line
+from wavelatent.pipelines.prepare import prepare
 
 
 class TinyDino(TinyInception):
@@ -221,6 +222,16 @@ def test_every_image_has_its_figures_and_the_worst_are_listed_and_shown(data, tm
     assert "worst by psnr: 000007.png" in describe(result)
 
 
+def test_images_without_a_file_are_named_by_their_place(data, tmp_path):
+    prepare(str(data), SIZE, tmp_path / "prepared", num_workers=0)
+    np.savez(tmp_path / "d.npz", pixels(0))
+    for spec, first in (("prepared", "images-00000.npy[0]"), ("d.npz", "arr_0[0]")):
+        out = tmp_path / f"{spec}-out"
+        result = evaluate_reconstruction("half", str(tmp_path / spec), out=out, intervals=False)
+        assert next(csv.DictReader((out / "per-image.csv").open()))["name"] == first
+        assert result.worst["psnr"][0]["name"] == first.replace("[0]", f"[{result.worst['psnr'][0]['index']}]")
+
+
 def test_several_results_in_one_folder_keep_their_figures_apart(data, tmp_path):
     for count in (4, 6):
         evaluate_reconstruction("half", str(data), num_images=count, out=tmp_path / f"n{count}.json", intervals=False)
@@ -252,7 +263,7 @@ def test_the_text_shows_figure_interval_and_n_and_one_line_for_a_paper(data, sam
     assert f"fid: {fid:.6g} [{low:.6g}, {high:.6g}]" in lines
     assert f"N = 11 against {COUNT}" in lines
     assert any(
-        re.match(r"fid_extrapolated: .* \(estimated for infinitely many samples, error ", line) for line in lines
+        re.match(r"fid_extrapolated: .* \[.*\] \(estimated for infinitely many samples, error ", line) for line in lines
     )
     assert any(line.startswith("warning: small-sample: fid of 11 images") for line in lines)
     assert paper.startswith(f"FID {fid:.2f} [{low:.2f}, {high:.2f}], KID ")

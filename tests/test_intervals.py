@@ -124,8 +124,7 @@ def test_extrapolation_removes_most_of_the_bias_and_knows_its_error():
     assert abs(float(values.mean()) - TRUTH) < 0.2 * (raw - TRUTH)
     error = sum(result.error for result in results) / len(results)
     assert 0.8 < error / float(values.std()) < 1.3
-    held = [Interval(r.value - 1.96 * r.error, r.value + 1.96 * r.error) for r in results]
-    assert 0.88 <= share_held(held, TRUTH) <= 1
+    assert 0.88 <= share_held([result.interval for result in results], TRUTH) <= 1
 
 
 def test_extrapolation_is_the_line_through_its_points():
