@@ -6,20 +6,35 @@ trained; see ``docs/study.md``.
 
 from __future__ import annotations
 
+import difflib
 import itertools
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ..common.config import Config, Seed
 from ..common.lpips_metric import LpipsNet
+from ..stage2_diffusion.samplers import SAMPLERS
 from ..stage2_diffusion.sampling import Grid
 from .diffusion_config import DiffusionRunConfig
+from .health_sections import SECTIONS
 from .run_config import AutoencoderRunConfig
 
 Changes = dict[str, Any]
 """Keys of ``autoencoder`` and ``diffusion``, nested or dotted: ``autoencoder.model.channels: 16``."""
-Levels = dict[str, str]
+
+
+def _as_text(name: object) -> object:
+    """Return a name that YAML took for a number as text: ``channels: {4: ..., 16: ...}``."""
+    if name is None or isinstance(name, bool):
+        raise ValueError("YAML reads names such as on, off, yes, no and null as other things than text: quote it")
+    return str(name) if isinstance(name, int | float) else name
+
+
+Name = Annotated[str, BeforeValidator(_as_text)]
+"""Of a factor, a level, a variant or a claim."""
+Levels = dict[Name, Name]
 """A level by factor; a factor that is not named is at its first level."""
 
 
@@ -52,8 +67,8 @@ class NamedConfig(Config):
     """The variants that are listed."""
 
     kind: Literal["named"] = "named"
-    variants: dict[str, Levels] = Field(min_length=2)
-    """Levels by the variant's name. The first is the reference of the tables."""
+    variants: dict[Name, Levels] = Field(min_length=2)
+    """Levels by the variant's name. The first is the reference of the tables; cells are trained in this order."""
 
 
 DesignConfig = Annotated[OneAtATimeConfig | FactorialConfig | NamedConfig, Field(discriminator="kind")]
@@ -75,6 +90,24 @@ class StudyEvaluationConfig(Config):
     health_images: int = Field(512, ge=2)
     """Images that they look at, where there are as many."""
 
+    @field_validator("sampler")
+    @classmethod
+    def _a_sampler(cls, name: str) -> str:
+        return _one_of(name, SAMPLERS, "sampler")
+
+    @field_validator("health")
+    @classmethod
+    def _sections(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_one_of(name, SECTIONS, "section of the latent health report") for name in names)
+
+
+def _one_of(name: str, known: Iterable[str], what: str) -> str:
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid: {', '.join(known)}"
+        raise ValueError(f"no {what} {name!r}; {hint}")
+    return name
+
 
 Metric = Literal["kid_mean", "fid", "precision", "recall", "rfid", "psnr", "ssim", "lpips"]
 
@@ -82,13 +115,15 @@ Metric = Literal["kid_mean", "fid", "precision", "recall", "rfid", "psnr", "ssim
 class ComparisonConfig(Config):
     """One comparison of two levels of a factor, and which outcome a claim expects of it."""
 
-    factor: str
-    level: str
+    factor: Name
+    level: Name
     """The level that the claim is about."""
-    against: str
+    against: Name
     """The level that it is compared with."""
     at: Levels = Field(default_factory=dict)
     """Levels of other factors at which alone the two are compared; the others may be at any, equal on both sides."""
+    against_at: Levels = Field(default_factory=dict)
+    """Levels that the side of ``against`` has instead, where a claim is about more than one factor at once."""
     metric: Metric = "kid_mean"
     expect: Literal["better", "worse", "no_worse"] = "better"
     """``better`` or ``worse``, of which the metric knows the direction; or ``no_worse`` by more than ``margin``."""
@@ -102,6 +137,10 @@ class ComparisonConfig(Config):
             raise ValueError("margin belongs to expect: no_worse, which needs one above 0")
         if self.level == self.against:
             raise ValueError(f"level and against are both {self.level!r}")
+        if self.factor in {**self.at, **self.against_at}:
+            raise ValueError(f"{self.factor!r} is compared, so it cannot be held in at or against_at")
+        if alone := self.against_at.keys() - self.at.keys():
+            raise ValueError(f"against_at holds {', '.join(sorted(alone))}, of which at does not say the other side")
         return self
 
 
@@ -135,13 +174,13 @@ class StudyConfig(Config):
     """The recipe of stage two."""
     flips: bool = True
     """Cache the latents of the mirror images too, and draw either in stage two."""
-    factors: dict[str, Annotated[dict[str, Changes], Field(min_length=1)]] = Field(min_length=1)
+    factors: dict[Name, Annotated[dict[Name, Changes], Field(min_length=1)]] = Field(min_length=1)
     """What is varied: by factor, by level, what the level changes of the recipes. The first level is the base."""
     design: DesignConfig = OneAtATimeConfig()
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """Each decides initial weights, order of images, flips and noise of both stages, and the noise of the samples."""
     evaluation: StudyEvaluationConfig = StudyEvaluationConfig()
-    claims: dict[str, ClaimConfig] = Field(default_factory=dict)
+    claims: dict[Name, ClaimConfig] = Field(default_factory=dict)
     rule: RuleConfig = RuleConfig()
 
     @field_validator("seeds")
@@ -159,7 +198,7 @@ class StudyConfig(Config):
                 stage, _, rest = key.partition(".")
                 if stage not in {"autoencoder", "diffusion"}:
                     raise ValueError(f"{factor}.{level} changes {key!r}: keys begin with autoencoder. or diffusion.")
-                if rest == "seed" or (not rest and "seed" in (changes[key] or {})):
+                if rest == "seed" or (not rest and isinstance(changes[key], dict) and "seed" in changes[key]):
                     raise ValueError(f"{factor}.{level} changes the seed, which is what seeds are for")
         return factors
 
@@ -171,9 +210,7 @@ class StudyConfig(Config):
             for comparison in config.comparisons:
                 for level in (comparison.level, comparison.against):
                     named.append((f"claims.{claim}", {comparison.factor: level}))
-                named.append((f"claims.{claim}.at", comparison.at))
-                if comparison.factor in comparison.at:
-                    raise ValueError(f"claims.{claim}: {comparison.factor!r} is compared, so it cannot be held in at")
+                named += [(f"claims.{claim}.at", comparison.at), (f"claims.{claim}.against_at", comparison.against_at)]
         for where, (factor, level) in itertools.chain.from_iterable(
             (((where, item) for item in levels.items()) for where, levels in named)
         ):

@@ -33,11 +33,13 @@ class Variant:
 def make_variants(config: StudyConfig) -> list[Variant]:
     """Return the study's variants, the reference of its tables first.
 
-    Raises :class:`UsageError` naming the variant and the key where levels do not go together, where two variants come
-    to the same recipes, where they do not see the same number of images in each stage, or where a claim's comparison
-    has no pair of variants.
+    Raises :class:`UsageError` naming the variant and the key where levels do not go together, where there are fewer
+    than two variants, where two come to the same recipes, where they do not see the same number of images in each
+    stage, or where a claim's comparison has no pair of variants.
     """
     levels = _levels_by_name(config)
+    if len(levels) < 2:
+        raise UsageError(f"design: a study compares at least two variants, and this one makes {len(levels)}")
     base = Recipe(autoencoder=config.autoencoder, diffusion=config.diffusion)
     changes = {name: _changes(config, chosen) for name, chosen in levels.items()}
     recipes = variant_configs(base, changes)
@@ -48,16 +50,23 @@ def make_variants(config: StudyConfig) -> list[Variant]:
     return variants
 
 
-def pairs(variants: Sequence[Variant], factor: str, level: str, against: str, at: Levels) -> list[tuple[str, str]]:
+def pairs(
+    variants: Sequence[Variant],
+    factor: str,
+    level: str,
+    against: str,
+    at: Levels,
+    against_at: Levels | None = None,
+) -> list[tuple[str, str]]:
     """Return the names of the variants at ``level`` and at ``against`` of ``factor`` that are alike in all else.
 
-    ``at`` holds levels of other factors that both must have.
+    ``at`` holds levels of other factors that both must have, and ``against_at`` those that the second has instead.
     """
     by_levels = {tuple(sorted(variant.levels.items())): variant.name for variant in variants}
     found = []
     for variant in variants:
         if variant.levels[factor] == level and all(variant.levels[f] == held for f, held in at.items()):
-            other = tuple(sorted({**variant.levels, factor: against}.items()))
+            other = tuple(sorted({**variant.levels, **(against_at or {}), factor: against}.items()))
             if other in by_levels:
                 found.append((variant.name, by_levels[other]))
     return found
@@ -119,8 +128,12 @@ def _check_equal_length(variants: Sequence[Variant]) -> None:
 def _check_claims(config: StudyConfig, variants: Sequence[Variant]) -> None:
     for name, claim in config.claims.items():
         for c in claim.comparisons:
-            if not pairs(variants, c.factor, c.level, c.against, c.at):
+            if not pairs(variants, c.factor, c.level, c.against, c.at, c.against_at):
                 raise UsageError(
-                    f"claims.{name}: no two variants differ in nothing but {c.factor} {c.level!r} against {c.against!r}"
-                    + (f" at {', '.join(f'{f} {held}' for f, held in c.at.items())}" if c.at else "")
+                    f"claims.{name}: no two variants differ in nothing but {c.factor} {c.level!r}{_held(c.at)} "
+                    f"against {c.against!r}{_held(c.against_at)}"
                 )
+
+
+def _held(levels: Levels) -> str:
+    return f" at {', '.join(f'{factor} {level}' for factor, level in levels.items())}" if levels else ""
