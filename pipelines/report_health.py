@@ -11,8 +11,8 @@ from typing import Any
 from .report_runs import Variant, read_json
 
 RECORD, PAGE = "health.json", "health.html"
-FOLDERS = ("latent-health", ".")
-"""Where in a run folder ``diagnose --out`` is looked for."""
+FOLDERS = ("latent-health", "health", ".")
+"""Where in a run folder ``diagnose --out`` is looked for; ``study`` writes ``health``."""
 LEVELS = {"fault": "fault", "note": "note", "ok": "in order"}
 """Levels, the worst first, and what the page calls them."""
 MISSING = "not computed"
