@@ -96,22 +96,25 @@ def make_accelerator(options: RuntimeOptions, gradient_accumulation_steps: int =
 def accelerated(options: RuntimeOptions, gradient_accumulation_steps: int = 1) -> Iterator[Accelerator]:
     """Give the block an accelerator, and take the process group down in order when it ends or is asked to stop.
 
-    Without the order, a process may abort after all of its work is done.
+    Without the order, a process may abort after all of its work is done. Of blocks within each other the outermost
+    takes the group down, since one that is down does not come up again.
     """
+    is_outermost = not torch.distributed.is_initialized()
     accelerator = make_accelerator(options, gradient_accumulation_steps)
     try:
         yield accelerator
     except Stopped:
-        _take_down(accelerator)
+        _take_down(accelerator, process_group=is_outermost)
         raise
-    _take_down(accelerator)
+    _take_down(accelerator, process_group=is_outermost)
 
 
-def _take_down(accelerator: Accelerator) -> None:
+def _take_down(accelerator: Accelerator, *, process_group: bool) -> None:
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     gc.collect()
-    accelerator.end_training()
+    if process_group:
+        accelerator.end_training()
 
 
 def environment() -> dict[str, Any]:
@@ -162,7 +165,8 @@ def peak_memory_bytes() -> int:
 class StopRequest:
     """Turns SIGTERM, SIGINT and a deadline into a flag that a loop reads between steps.
 
-    A second SIGINT interrupts at once. Use it as a context manager; the former handlers come back at its end.
+    A second SIGINT interrupts at once. Use it as a context manager; the former handlers come back at its end. Within
+    another one it stops at that one's deadline too: a part of a longer work has no more time than the whole.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
@@ -181,8 +185,7 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
-        outer = getattr(self._former.get(signal.SIGTERM), "__self__", None)
-        if self._signal and isinstance(outer, StopRequest):
+        if self._signal and (outer := self._outer) is not None:
             # A part of a longer work may end without having looked: the signal was meant for all of it.
             outer._signal = self._signal
 
@@ -196,7 +199,15 @@ class StopRequest:
         """Why to stop (a signal's name or ``--max-minutes``), or None."""
         if self._signal:
             return self._signal
-        return "--max-minutes" if self._deadline is not None and time.monotonic() > self._deadline else None
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return "--max-minutes"
+        return None if self._outer is None else self._outer.reason
+
+    @property
+    def _outer(self) -> StopRequest | None:
+        """The one that this is within."""
+        outer = getattr(self._former.get(signal.SIGTERM), "__self__", None)
+        return outer if isinstance(outer, StopRequest) else None
 
     def agreed(self, accelerator: Accelerator) -> str | None:
         """Return the reason where any process has one, so that all stop after the same step."""
