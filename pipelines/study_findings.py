@@ -69,6 +69,7 @@ class Effect(Contrast):
         level: the level that the effect is of.
         against: the level that it is held against.
         at: levels of other factors that the effect is restricted to.
+        against_at: levels that the side of ``against`` has instead, where a claim is about several factors at once.
         contexts: pairs of variants, at ``level`` and at ``against``, alike in all else, that it is the mean over.
         simultaneous: the interval that holds together with those of all other comparisons of claims, at the
             probability that the rule states; None where no claim asks for this effect.
@@ -78,6 +79,7 @@ class Effect(Contrast):
     level: str
     against: str
     at: Levels
+    against_at: Levels
     contexts: tuple[tuple[str, str], ...]
     simultaneous: Bounds | None
 
