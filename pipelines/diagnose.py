@@ -114,7 +114,7 @@ def diagnose(
         batch_size: images per pass of the autoencoder.
         skip: sections to leave out.
         only: sections to compute, and no others.
-        seed: of everything that is drawn.
+        seed: draws the images, and from their posteriors; what the sections draw besides is the same for every seed.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         mixed_precision: of the encoder that makes the latents.
         overwrite: compute it all again.

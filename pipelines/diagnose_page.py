@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..stage1_autoencoder.health import Figure, Section
@@ -40,7 +41,7 @@ def health_page(health: Health, record: Mapping[str, Any]) -> str:
         protocol={name: _text(value) for name, value in flatten(protocol).items() if not name.startswith("library")},
         versions=", ".join(f"{name} {version}" for name, version in protocol["library versions"].items() if version),
     )
-    return shorten(page)
+    return shorten(page, [Path(protocol["autoencoder"]["path"]), Path(protocol["data"]["spec"])])
 
 
 def _lead(record: Mapping[str, Any]) -> str:

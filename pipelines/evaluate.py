@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..common.adm_npz import is_npz
 from ..common.dinov2 import Dinov2Features
 from ..common.distributed_features import by_main, in_agreement, known_to_any, require_same
 from ..common.errors import UsageError, WavelatentError
@@ -29,13 +29,13 @@ from ..common.metric_weights import MissingWeightsError
 from ..common.reference_cache import FeatureNetwork
 from ..common.runtime import MixedPrecision, RuntimeOptions, StopRequest, accelerated, resolve_device
 from ..stage1_autoencoder.tiling import TiledAutoencoder, tiled
-from .evaluation_files import beside, finished, result_path, save_worst, worst_images, write_per_image
+from .evaluation_files import beside, beside_samples, finished, result_path, save_worst, worst_images, write_per_image
 from .evaluation_inputs import DINOV2, ReferenceData, dinov2_protocol, open_reference
 from .feature_pass import FeaturePass
 from .loading import load_autoencoder
 from .reconstructions import FIGURES, Reconstructions
 from .sample_images import DEFAULT_OPTIONS, SampleOptions
-from .sample_sources import RunSamples, SampleSource, open_samples
+from .sample_sources import RunSamples, SampleSource, chosen_seeds, open_samples
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -189,7 +189,8 @@ def evaluate_generation(
         dinov2: folder or hub id of a DINOv2 (:mod:`..common.dinov2`), whose Fréchet distance is ``fd_dinov2``.
 
     Raises:
-        UsageError: not exactly one of ``samples`` and ``run``, or no number of samples for a run.
+        UsageError: not exactly one of ``samples`` and ``run``, options of sampling without a run, or no number of
+            samples for one.
         WavelatentError: samples of another size than the reference, lossy, unreadable, or fewer than asked for.
         MissingWeightsError: there are no Inception weights, so nothing here can be computed.
         Stopped: by SIGTERM or SIGINT; what has been extracted of the reference is kept.
@@ -197,6 +198,10 @@ def evaluate_generation(
     begin = time.monotonic()
     if (samples is None) == (run is None):
         raise UsageError("give either --samples DIR, or --run RUN with --num N")
+    if samples is not None and replace(options, mixed_precision="no") != DEFAULT_OPTIONS:
+        raise UsageError(
+            "how to sample is for --run: the images of --samples are drawn already; leave these options out"
+        )
     with StopRequest() as stop, accelerated(RuntimeOptions(device, options.mixed_precision)) as accelerator:
         place = _place(accelerator, device)
         reference = in_agreement(
@@ -210,12 +215,12 @@ def evaluate_generation(
             if samples is not None:
                 return open_samples(samples, num)
             assert run is not None, "seen to above"
-            return RunSamples(run, _seeds(num, seeds, seed), options, device=place)
+            return RunSamples(run, chosen_seeds(num, seeds, seed), options, device=place)
 
         require_same(accelerator, f"--data {data}", reference.fingerprint)
         source = in_agreement(accelerator, open_source)
         require_same(accelerator, f"--samples {samples}", len(source))
-        path = result_path(out, _beside_samples(samples, run))
+        path = result_path(out, beside_samples(samples, run))
 
         def look() -> tuple[dict[str, Any], Result | None]:
             protocol = {**reference.protocol(), **source.protocol(), **_asked(intervals, dinov2)}
@@ -319,12 +324,6 @@ def _networks(
     return networks
 
 
-def _beside_samples(samples: Path | None, run: Path | None) -> Path | None:
-    if samples is not None:
-        return samples.with_suffix(".metrics.json") if is_npz(samples) else samples
-    return None if run is None else run / "evaluation-generation"
-
-
 def _finish(
     measured: Measurement,
     protocol: dict[str, Any],
@@ -343,12 +342,3 @@ def _finish(
     if path is not None:
         result.save(path)
     return result
-
-
-def _seeds(num: int | None, seeds: Sequence[int] | None, first: int) -> Sequence[int]:
-    if seeds is None and num is None:
-        raise UsageError("--run needs --num N: how many samples to draw")
-    chosen = range(first, first + (num or 0)) if seeds is None else seeds[:num]
-    if not chosen or (num is not None and len(chosen) < num):
-        raise UsageError(f"--num {num}: ask for at least 1 sample, and no more than there are seeds")
-    return chosen

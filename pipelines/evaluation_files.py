@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.adm_npz import is_npz
 from ..common.evaluation import Result
 from ..common.files import write_atomically
 from ..common.images import ImageData, save_grid, to_float
@@ -28,6 +29,13 @@ def result_path(out: Path | None, default: Path | None) -> Path | None:
     """Return where the result belongs: ``out`` or ``default`` if they name a ``.json``, else ``metrics.json`` there."""
     place = out or default
     return place if place is None or place.suffix == ".json" else place / "metrics.json"
+
+
+def beside_samples(samples: Path | None, run: Path | None) -> Path | None:
+    """Return where the result of samples, or of a run, belongs by default."""
+    if samples is not None:
+        return samples.with_suffix(".metrics.json") if is_npz(samples) else samples
+    return None if run is None else run / "evaluation-generation"
 
 
 def beside(path: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..common.evaluation import Result
@@ -67,11 +68,17 @@ def _in_paper(result: Result, name: str, title: str, digits: int) -> str:
     return text
 
 
+def _data_name(spec: str) -> str:
+    """Return what a paper would call the data: of a path on this machine, the last part."""
+    path = Path(spec)
+    return path.name if path.is_absolute() else spec
+
+
 def _definition(result: Result) -> list[str]:
     protocol = result.protocol
     parts = [_count(protocol)]
     if protocol.get("reference") is not None:
-        parts[0] += f" of {protocol['reference']}"
+        parts[0] += f" of {_data_name(protocol['reference'])}"
     if any(name in result.metrics for name in ("fid", "rfid")):
         parts.append(_NETWORKS.get(protocol["features"], protocol["features"]))
     if "fd_dinov2" in result.metrics:

@@ -12,7 +12,16 @@ from .pages import render
 from .report_figures import Figure, curve_figures, interval_figures
 from .report_health import LEVELS, Health, health_link, health_of, health_record, health_rows
 from .report_latents import Latents, distinct_latents, latent_record, latents_of
-from .report_metrics import Cell, evaluation_notes, footnotes, metric_rows, metric_tables, protocol_table, summary
+from .report_metrics import (
+    Cell,
+    evaluation_notes,
+    footnotes,
+    metric_rows,
+    metric_tables,
+    protocol_of,
+    protocol_table,
+    summary,
+)
 from .report_paths import shorten
 from .report_pictures import data_uri
 from .report_reconstructions import reconstruction_strips, worst_strips
@@ -129,6 +138,8 @@ def _known_paths(variants: Sequence[Variant], out: Path, data: str | None) -> li
             found += [run.path, run.path.resolve(), *run.sample_folders]
             found += [Path(run.inputs[key]["path"]) for key in ("latents", "autoencoder") if key in run.inputs]
             found += [Path(run.inputs["data"]["spec"])]
+            protocol = protocol_of(run)
+            found += [Path(protocol["reference"])] if protocol.get("reference") else []
     return found
 
 

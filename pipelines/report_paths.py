@@ -14,8 +14,10 @@ KEPT = 2
 """Folders of an absolute path that stay: enough to tell ``kl/diffusion`` from ``bounded/diffusion``."""
 
 _PART = r"[^\s/'\"<>,;:()&|]+"
-# Pictures are skipped whole: base64 has slashes too. A path begins where no word, relative path or URL goes on.
-_PATH = re.compile(rf"data:image/[^\"]*|(?<![\w/.:~<-])/(?:{_PART}/)+{_PART}/?")
+# Pictures are skipped whole: base64 has slashes too. A path begins where no word, relative path or URL goes on, or
+# behind what says of which kind an autoencoder or a data set is.
+_BEGIN = r"(?:(?<![\w/.:~<-])|(?<=\bdiffusers:)|(?<=\bhf:))"
+_PATH = re.compile(rf"data:image/[^\"]*|{_BEGIN}/(?:{_PART}/)+{_PART}/?")
 
 KEPT_DIGITS = 12
 """Of a SHA-256."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..common.config import parse_yaml
 from ..common.errors import UsageError, WavelatentError
 from ..stage1_autoencoder.autoencoder import Autoencoder
+from .diffusion_run import load_diffusion
 from .info import info
 from .loading import load_autoencoder
 from .sample_folder import MANIFEST
+from .sample_images import weights_sha256
 
 STAGES = {"autoencoder": 1, "diffusion": 2}
 EVALUATIONS = {1: "evaluation-reconstruction", 2: "evaluation-generation"}
@@ -87,7 +90,8 @@ class Run:
 
     def logged(self, name: str) -> list[tuple[int, float]]:
         """Return the steps and the values of one logged quantity; lines without a finite one are left out."""
-        return [(line["step"], float(line[name])) for line in self.curves if isinstance(line.get(name), int | float)]
+        values = [(line["step"], line.get(name)) for line in self.curves]
+        return [(step, float(value)) for step, value in values if _is_finite(value)]
 
     @property
     def unfinished(self) -> str | None:
@@ -199,6 +203,11 @@ def _doubts(variant: Variant) -> list[str]:
         others = [folder for folder in run.sample_folders if folder != run.evaluation_folder]
         if measured := ", ".join(folder.name for folder in others if (folder / "metrics.json").is_file()):
             notes.append(f"the metrics of {run.path} are those in {run.evaluation_folder.name}; not shown: {measured}")
+    notes += [
+        f"the metrics of {run.path} are not of the weights that it has now; run evaluate again"
+        for run in variant.runs
+        if _has_changed(variant, run)
+    ]
     if variant.second is None:
         return notes
     if variant.first is None:
@@ -208,6 +217,21 @@ def _doubts(variant: Variant) -> list[str]:
     if autoencoder and autoencoder.fingerprint() != variant.second.inputs["autoencoder"]["fingerprint"]:
         notes.append(f"{variant.first.path} has been trained further since {variant.second.path} used its latents")
     return notes
+
+
+def _has_changed(variant: Variant, run: Run) -> bool:
+    """Return whether a run's metrics are of other weights than it has now; False where that cannot be told."""
+    protocol = (run.evaluation or {}).get("protocol", {})
+    if run.stage == 1:
+        measured, autoencoder = protocol.get("autoencoder", {}).get("fingerprint"), variant.autoencoder
+        return None not in (measured, autoencoder) and autoencoder.fingerprint() != measured  # type: ignore[union-attr]
+    widths = run.config.get("train", {}).get("ema", {}).get("widths", [])
+    if "model_sha256" not in protocol or protocol.get("ema") not in widths[:1]:
+        return False  # of another average than the one in the model folder
+    try:
+        return weights_sha256(load_diffusion(run.path)) != protocol["model_sha256"]
+    except WavelatentError:
+        return False
 
 
 def _names(variants: Sequence[Variant]) -> list[str]:
@@ -221,6 +245,10 @@ def _names(variants: Sequence[Variant]) -> list[str]:
             if len(set(names)) == len(names):
                 return names
     return [" + ".join(str(run.path) for run in variant.runs) for variant in variants]
+
+
+def _is_finite(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

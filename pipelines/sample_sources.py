@@ -221,6 +221,20 @@ def _sampling_record(folder: Path) -> dict[str, Any]:
         raise WavelatentError(f"{folder / MANIFEST} is damaged: draw the samples again") from error
 
 
+def chosen_seeds(num: int | None, seeds: Sequence[int] | None, first: int) -> Sequence[int]:
+    """Return the first ``num`` (None: all) of ``seeds``, or ``num`` of them from ``first`` on.
+
+    Raises:
+        UsageError: neither is given, or there are not so many.
+    """
+    if seeds is None and num is None:
+        raise UsageError("--run needs --num N: how many samples to draw")
+    chosen = range(first, first + (num or 0)) if seeds is None else seeds[:num]
+    if not chosen or (num is not None and len(chosen) < num):
+        raise UsageError(f"--num {num}: ask for at least 1 sample, and no more than there are seeds")
+    return chosen
+
+
 def describe_seeds(seeds: Sequence[int]) -> str:
     """Return seeds as ``first-last`` where they are consecutive, else listed."""
     if list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):

@@ -184,8 +184,11 @@ def test_what_is_printed_are_the_verdicts_that_are_not_ok_and_the_page(
 
 
 def test_the_page_needs_nothing_but_itself(planned: None, gaussian: str, tmp_path: Path) -> None:
-    html = Path(run(gaussian, tmp_path)["page"]).read_text(encoding="utf-8")
+    autoencoder = str(shutil.copytree(gaussian, tmp_path / "jo doe" / "ae"))
+    html = Path(run(autoencoder, tmp_path)["page"]).read_text(encoding="utf-8")
     page = Page(html)
+    assert "Latent health of .../jo doe/ae" in page.text
+    assert str(tmp_path) not in html
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "form"}
     assert "url(" not in html
     assert "@import" not in html

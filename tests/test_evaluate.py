@@ -187,6 +187,7 @@ def test_samples_that_cannot_be_compared_are_refused_by_name(data, samples):
     refused(r"32x32 px and the reference .* is 16", size=16)
     refused(r"no such folder", samples=samples / "nowhere")
     refused(r"either --samples DIR, or --run", run=samples)
+    refused(r"how to sample is for --run", options=SampleOptions(Sampling("euler", 3)))
     Image.new("RGB", (SIZE, SIZE - 1)).save(samples / "000004.png")
     refused(r"000004.png is 32x31, 000000.png 32x32")
     (samples / "000004.png").write_bytes(b"not an image")
@@ -290,6 +291,19 @@ def test_reconstruction_takes_the_images_of_its_reference(data, without_lpips):
     decoded = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     assert result.metrics["psnr"] == pytest.approx(psnr(decoded, chosen).mean().item())
     assert result.protocol["num_samples"] == 4
+
+
+def test_a_reconstruction_that_is_not_finite_is_no_black_image(data, without_lpips, monkeypatch):
+    class Broken(HalfSize):
+        def decode(self, latents: Tensor) -> Tensor:
+            images = super().decode(latents)
+            images[-1, 0, 0, 0] = torch.nan
+            return images
+
+    monkeypatch.setattr(evaluate, "load_autoencoder", lambda spec: Broken())
+    last = reference_features.choose_images(COUNT, 4, seed=0)[-1]
+    with pytest.raises(WavelatentError, match=f"reconstruction of image {last} is not finite"):
+        evaluate_reconstruction("half", str(data), num_images=4)
 
 
 def test_a_size_that_the_autoencoder_cannot_take_is_a_usage_error(data):

@@ -269,6 +269,7 @@ def test_the_text_shows_figure_interval_and_n_and_one_line_for_a_paper(data, sam
     assert paper.startswith(f"FID {fid:.2f} [{low:.2f}, {high:.2f}], KID ")
     for part in ("Inception 2015-12-05", "16 px", "lanczos", "adm-center", f"KID of 100 subsets of {11 // 2}"):
         assert part in paper
+    assert f"N = 11 against {COUNT} of {data.name}, " in paper, "and not where it lies on this machine"
     assert "estimated" not in paper
     assert "extrapolated" not in paper
 

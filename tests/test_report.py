@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from finished_runs import (
     RECONSTRUCTION,
     SIDE,
     TINY,
     colour,
+    result,
     write,
     write_first,
     write_health,
@@ -23,6 +25,7 @@ from html_page import parse
 from PIL import Image
 
 from wavelatent.common.errors import UsageError
+from wavelatent.pipelines import report_runs
 from wavelatent.pipelines.report import report
 from wavelatent.pipelines.report_health import health_of, health_rows
 from wavelatent.pipelines.report_latents import distinct_latents, latents_of
@@ -32,6 +35,7 @@ from wavelatent.pipelines.report_pictures import LARGEST_PNG, embed, tile, until
 from wavelatent.pipelines.report_reconstructions import reconstruction_strips, worst_strips
 from wavelatent.pipelines.report_runs import by_run, read_variants
 from wavelatent.pipelines.report_samples import sample_sheets
+from wavelatent.pipelines.sample_images import weights_sha256
 from wavelatent.stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
 
 
@@ -219,10 +223,33 @@ def test_health_of_another_autoencoder_is_doubted(two: tuple[Path, Path]) -> Non
     assert health.doubt == "two: the autoencoder has changed since it was diagnosed; run diagnose again"
 
 
+def test_metrics_of_other_weights_are_doubted(two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    autoencoder = Autoencoder(AutoencoderConfig.model_validate(TINY))
+    autoencoder.save_pretrained(two[1] / "model")
+    denoiser = torch.nn.Linear(2, 3)
+    monkeypatch.setattr(report_runs, "load_diffusion", lambda run: denoiser)
+
+    def doubts(fingerprint: str, weights: str, ema: float = 0.1) -> list[str]:
+        content = result(autoencoder={"fingerprint": fingerprint})
+        write(two[1] / "evaluation-reconstruction" / "metrics.json", content)
+        content = {"metrics": {"fid": 3.0}, "protocol": {"model_sha256": weights, "ema": ema}}
+        write(two[0] / "evaluation-generation" / "metrics.json", content)
+        notes = [note for variant in read_variants(two) for note in variant.notes]
+        return [note for note in notes if note.endswith("are not of the weights that it has now; run evaluate again")]
+
+    now = autoencoder.fingerprint(), weights_sha256(denoiser)
+    assert doubts(*now) == []
+    assert [note.partition(" are")[0] for note in doubts("b" * 64, "c" * 64)] == [
+        f"the metrics of {run}" for run in two
+    ]
+    assert doubts(now[0], "c" * 64, ema=0.05) == [], "the model folder holds another average"
+
+
 def test_no_absolute_path_is_left() -> None:
     rest = '</p> <img src="data:image/jpeg;base64,/9j/4AA/Q=="> 1/s a/b/c'
     page = f'<p>of /home/jo/runs/kl/diffusion, see "/home/jo doe/x/y".{rest}'
     assert hide_paths(page, [Path("/home/jo doe/x/y")]) == f'<p>of .../kl/diffusion, see ".../x/y".{rest}'
+    assert hide_paths("of diffusers:/home/jo/models/vae,") == "of diffusers:.../models/vae,"
     assert hide_paths("https://arxiv.org/abs/2405.14477 ../one/health.html") == (
         "https://arxiv.org/abs/2405.14477 ../one/health.html"
     )
