@@ -100,7 +100,7 @@ class Interaction(Contrast):
     factors: tuple[str, str]
     levels: tuple[str, str]
     against: tuple[str, str]
-    contexts: tuple[tuple[str, str, str, str], ...]
+    contexts: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ def holm(p: FloatArray) -> FloatArray:
 
 
 def rank_correlations(figures: FloatArray, target: FloatArray, *, key: str = "") -> tuple[FloatArray, FloatArray]:
-    """Return Spearman's rho of each row of ``figures`` ``[F, N]`` with ``target`` ``[N]``, and its p-value, ``[F]`` each.
+    """Return Spearman's rho ``[F]`` of each row of ``figures`` ``[F, N]`` with ``target`` ``[N]``, and p-values ``[F]``.
 
     The p-value is the share of permutations of ``target`` whose rho is at least as far from 0: of all of them up to
     N = :data:`EXACT_UP_TO`, else of :data:`PERMUTATIONS` random ones that ``key`` decides, among which the one that was

@@ -1,0 +1,114 @@
+"""Does anything that is known of an autoencoder predict the samples? Rank correlations across the variants of a study.
+
+Across variants, on their means over seeds: seeds of one variant are not independent observations. Of variants that
+share their autoencoders the first stands for all, for their figures are the same measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from .metric_columns import METRICS
+from .study_effects import MetricTable, shared_autoencoders
+from .study_findings import Predictor
+from .study_records import CellRecord
+from .study_statistics import FloatArray, holm, rank_correlations, smallest_p
+
+PREDICTED = ("kid_mean", "fid")
+"""What is to be predicted."""
+FEWEST_VARIANTS = 5
+"""With fewer, no correlation is computed: two orders of four values in 24 are as far from chance as can be."""
+
+Found = tuple[list[Predictor], list[str]]
+"""The rows of a table, surest first, and what must be known to read it."""
+
+
+def health_predictors(names: Sequence[str], tables: Mapping[str, MetricTable], records: Sequence[CellRecord]) -> Found:
+    """Return the rank correlation of every health figure with KID and FID; Holm's correction is over all of them."""
+    own = _own_autoencoders(names, records)
+    cells = [[record.health for record in records if record.variant == name] for name in own]
+    known = dict.fromkeys(figure for record in records for figure in record.health)
+    figures = {
+        figure: np.array([_mean([cell.get(figure, math.nan) for cell in of_variant]) for of_variant in cells])
+        for figure in known
+    }
+    return _correlate("health figures", figures, {name: names.index(name) for name in own}, tables)
+
+
+def reconstructions_as_predictors(
+    names: Sequence[str], tables: Mapping[str, MetricTable], records: Sequence[CellRecord]
+) -> Found:
+    """Return the rank correlation of rFID with KID and FID; Holm's correction is over these two."""
+    if "rfid" not in tables:
+        return [], []
+    own = {name: names.index(name) for name in _own_autoencoders(names, records)}
+    return _correlate("rFID", {"rfid": _means(tables["rfid"], own)}, own, tables)
+
+
+def _own_autoencoders(names: Sequence[str], records: Sequence[CellRecord]) -> list[str]:
+    shared = shared_autoencoders(names, records)
+    return [name for name in names if name not in shared]
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def _means(table: MetricTable, own: Mapping[str, int]) -> FloatArray:
+    return np.array([_mean(table.values[row].tolist()) for row in own.values()])
+
+
+def _correlate(
+    what: str, figures: Mapping[str, FloatArray], own: Mapping[str, int], tables: Mapping[str, MetricTable]
+) -> Found:
+    """Correlate ``figures`` ``[len(own)]`` with what is predicted, over the variants that have it."""
+    rows: list[Predictor] = []
+    notes: list[str] = []
+    for metric in PREDICTED:
+        if metric not in tables or not figures:
+            continue
+        target = _means(tables[metric], own)
+        there = np.isfinite(target)
+        count = int(there.sum())
+        if count < FEWEST_VARIANTS:
+            notes.append(
+                f"{what} against {METRICS[metric].label}: too few variants with autoencoders of their own "
+                f"({count}, of at least {FEWEST_VARIANTS})"
+            )
+            continue
+        complete = {name: figure[there] for name, figure in figures.items() if np.isfinite(figure[there]).all()}
+        varied = {name: figure for name, figure in complete.items() if np.ptp(figure) > 0}
+        notes += _left_out(what, "not computed for every variant", figures.keys() - complete.keys())
+        notes += _left_out(what, "the same in all variants", complete.keys() - varied.keys())
+        if varied and np.ptp(target[there]) > 0:
+            rho, p = rank_correlations(np.stack(list(varied.values())), target[there], key=metric)
+            rows += [Predictor(*row, math.nan, count) for row in _rows(varied, metric, rho, p)]
+    return _corrected(what, rows, notes)
+
+
+def _rows(names: Mapping[str, FloatArray], metric: str, rho: FloatArray, p: FloatArray) -> list[tuple]:
+    return [(name, metric, *pair) for name, *pair in zip(names, rho.tolist(), p.tolist(), strict=True)]
+
+
+def _left_out(what: str, why: str, names: set[str]) -> list[str]:
+    return [f"{what} left out of the rank correlations, {why}: {', '.join(sorted(names))}"] if names else []
+
+
+def _corrected(what: str, rows: Sequence[Predictor], notes: list[str]) -> Found:
+    """Fill in Holm's p-values over all rows, and say where none of them could have been small."""
+    if not rows:
+        return [], notes
+    adjusted = holm(np.array([row.p for row in rows])).tolist()
+    done = [replace(row, adjusted=value) for row, value in zip(rows, adjusted, strict=True)]
+    smallest = min(1.0, len(rows) * min(smallest_p(row.variants) for row in rows))
+    if smallest > 0.05:
+        notes.append(
+            f"{what}: with {rows[0].variants} variants and {len(rows)} rank correlations no corrected p-value could have "
+            f"been below {smallest:.2g}, so they can point at something and show nothing"
+        )
+    return sorted(done, key=lambda row: (row.p, -abs(row.rho))), notes
