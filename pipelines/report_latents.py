@@ -49,7 +49,7 @@ def latents_of(variant: Variant) -> Latents | None:
         return Latents(channels, None, None, f"no histograms: {error}")
     if inputs_of(cache)["latents"]["fingerprint"] != run.inputs["latents"]["fingerprint"]:
         return Latents(channels, None, None, f"no histograms: {cache.path} is no longer the cache of this run")
-    raw = _draw(cache)
+    raw = draw_latents(cache)
     white = Whitening.from_statistics(run.config["whitening"], stats)(raw)
     bound = _bound(variant)
     saturated = None if bound is None else float((raw.abs() > SATURATED * bound).float().mean())
@@ -68,7 +68,7 @@ def distinct_latents(variants: Sequence[Variant], latents: Mapping[str, Latents 
     return {name: item for name, item in found.items() if item is not None}
 
 
-def _draw(cache: LatentCache) -> Tensor:
+def draw_latents(cache: LatentCache) -> Tensor:
     """Draw raw latents ``[N, C, h, w]`` of images spread evenly over the cache."""
     positions = np.unique(np.linspace(0, len(cache) - 1, min(LATENTS, len(cache))).round().astype(np.int64))
     batch = cache.read(positions)

@@ -33,26 +33,31 @@ class SampleSet:
         return read_pixels(found) if isinstance(found, Path) else found
 
 
-def sample_sheets(variants: Sequence[Variant]) -> tuple[list[Picture], bool]:
-    """Return a sheet per set of samples, and whether all show the same seeds: where they share none, each its own."""
+def sample_sheets(
+    variants: Sequence[Variant], *, count: int = SAMPLES, columns: int = COLUMNS, widest: int = WIDEST
+) -> tuple[list[Picture], bool]:
+    """Return a sheet per set of samples, and whether all show the same seeds: where they share none, each its own.
+
+    A sheet has at most ``count`` images in rows of ``columns``, and is at most ``widest`` pixels wide.
+    """
     sets = [found for variant in variants for found in sample_sets(variant)]
     with_images = [found for found in sets if found.images]
-    shared = _read_shared(with_images)
+    shared = _read_shared(with_images, count)
     sheets = []
     for found in sets:
         if not found.images:
             sheets.append(Picture(found.name, missing=found.source))
             continue
-        seeds, images = shared[id(found)] if shared else _read(found, sorted(found.images))
+        seeds, images = shared[id(found)] if shared else _read(found, sorted(found.images), count)
         if not images:
             sheets.append(Picture(found.name, missing="none of the samples can be read"))
             continue
         alt = f"{len(images)} images sampled from {found.name}"
-        sheets.append(Picture.of(found.name, f"{_seeds(seeds)}; {found.source}", tile(images, COLUMNS), alt, WIDEST))
+        sheets.append(Picture.of(found.name, f"{_seeds(seeds)}; {found.source}", tile(images, columns), alt, widest))
     return sheets, bool(shared) or not with_images
 
 
-def _read_shared(sets: Sequence[SampleSet]) -> dict[int, tuple[list[int], list[Pixels]]]:
+def _read_shared(sets: Sequence[SampleSet], count: int) -> dict[int, tuple[list[int], list[Pixels]]]:
     """Return per set the lowest seeds that all have and whose images can all be read; empty where there are none."""
     common = sorted(set.intersection(*(set(found.images) for found in sets))) if sets else []
     seeds: list[int] = []
@@ -62,15 +67,15 @@ def _read_shared(sets: Sequence[SampleSet]) -> dict[int, tuple[list[int], list[P
         if len(images) == len(sets):
             seeds.append(seed)
             rows.append(images)
-        if len(seeds) == SAMPLES:
+        if len(seeds) == count:
             break
     if not seeds:
         return {}
     return {id(found): (seeds, [row[number] for row in rows]) for number, found in enumerate(sets)}
 
 
-def _read(found: SampleSet, seeds: Sequence[int]) -> tuple[list[int], list[Pixels]]:
-    readable = [(seed, image) for seed in seeds[: 2 * SAMPLES] if (image := found.image(seed)) is not None][:SAMPLES]
+def _read(found: SampleSet, seeds: Sequence[int], count: int) -> tuple[list[int], list[Pixels]]:
+    readable = [(seed, image) for seed in seeds[: 2 * count] if (image := found.image(seed)) is not None][:count]
     return [seed for seed, _ in readable], [image for _, image in readable]
 
 

@@ -113,7 +113,7 @@ def _guidance(protocol: Mapping[str, Any]) -> str:
 
 
 def _parameters(run: Run) -> str:
-    return ", ".join(f"{part} {_count(n)}" for part, n in run.parameters.items() if part != "total") or UNKNOWN
+    return ", ".join(f"{part} {short_count(n)}" for part, n in run.parameters.items() if part != "total") or UNKNOWN
 
 
 def _training(run: Run) -> list[str]:
@@ -131,8 +131,9 @@ def _training(run: Run) -> list[str]:
     ]
 
 
-def _count(number: int) -> str:
-    return f"{number / 1e6:.2f} M" if number >= 10_000 else f"{number:,}"
+def short_count(number: float) -> str:
+    """Return ``12.34 M``, or a small number whole."""
+    return f"{number / 1e6:.2f} M" if number >= 10_000 else f"{number:,.0f}"
 
 
 def _flops(number: int) -> str:

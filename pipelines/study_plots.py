@@ -1,0 +1,263 @@
+"""The plots of a study: effects, metrics against each other, curves of all seeds and spectra, as PNG."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .report_figures import Canvas, Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.transforms import Bbox
+
+Interval = tuple[float, float]
+Points = Sequence[tuple[float, float]]
+
+COLOURS = (
+    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
+)  # fmt: skip
+"""Petroff's ten (2021, arXiv 2107.02270), chosen to be told apart by the colour-blind too."""
+MARKERS = "os^DvP<X>*"
+BETTER, WORSE, OPEN = COLOURS[0], COLOURS[2], "0.45"
+WIDTH = 4.6
+"""Of a plot in inches, as in the health report: a telephone shows it at about this size."""
+ROW, HEADING = 0.36, 0.26
+"""Heights in inches of a row of a forest plot and of the name of a group."""
+LABELS_BELOW = 2
+"""Columns of a legend."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a variant looks in every plot; after ten, lines are dashed."""
+
+    colour: str
+    marker: str
+    line: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One effect of a forest plot.
+
+    Attributes:
+        label: of what against what.
+        estimate: the effect.
+        interval: its own 95 % interval.
+        simultaneous: the one that holds for all claims together, of an effect that decides one.
+        better: whether more than chance, and in which direction; None is neither.
+    """
+
+    label: str
+    estimate: float
+    interval: Interval | None = None
+    simultaneous: Interval | None = None
+    better: bool | None = None
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A variant in a scatter plot: a point per seed, the mean of both, and its error bars ``(low, high)``."""
+
+    points: Points
+    mean: tuple[float, float]
+    x_interval: Interval
+    y_interval: Interval
+
+
+def styles(names: Sequence[str]) -> dict[str, Style]:
+    """Return a style per variant, by its place."""
+    count = len(COLOURS)
+    return {
+        name: Style(COLOURS[n % count], MARKERS[n % count], "-" if n < count else "--") for n, name in enumerate(names)
+    }
+
+
+def forest(title: str, groups: Mapping[str, Sequence[Row]], xlabel: str, *, ratio: bool) -> Figure:
+    """Return effects with their intervals, in groups; on a logarithmic axis about 1 where they are ratios.
+
+    The thick line is the 95 % interval of the effect, the thin one that of all claims together.
+    """
+    count = sum(map(len, groups.values()))
+    height = ROW * count + HEADING * len(groups) + 0.95
+    place, texts = 0.0, []
+    with Canvas() as canvas:
+        canvas.figure.set_size_inches(WIDTH, height)
+        axes = canvas.axes
+        left = axes.get_yaxis_transform()  # of labels: the left edge, at the height of the row
+        for group, rows in groups.items():
+            axes.text(0, place, group, transform=left, fontsize=8.5, fontweight="bold", va="center")
+            place += HEADING
+            for row in rows:
+                _effect(axes, row, place + 0.6 * ROW)
+                axes.text(0, place + 0.12 * ROW, row.label, transform=left, fontsize=7.5, va="center")
+                place += ROW
+                texts.append(f"{group}, {row.label}: {_in_words(row)}")
+        if ratio:
+            axes.set_xscale("log")
+            _ratio_ticks(axes, [row for rows in groups.values() for row in rows])
+        axes.axvline(1 if ratio else 0, color="0.3", linewidth=0.9, zorder=0)
+        axes.set_ylim(place, -0.6 * HEADING)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.grid(alpha=0.25, axis="x", linewidth=0.5)
+        axes.set_xlabel(textwrap.fill(xlabel, 62), fontsize=8)
+        axes.set_title(title, fontsize=10)
+        png = canvas.png()
+    return Figure(title, f"{title} ({xlabel}). {'; '.join(texts)}.", png)
+
+
+def _effect(axes: Axes, row: Row, place: float) -> None:
+    colour = OPEN if row.better is None else BETTER if row.better else WORSE
+    if row.simultaneous:
+        axes.plot(row.simultaneous, [place] * 2, "-|", color=colour, linewidth=0.9, markersize=5)
+    if row.interval:
+        axes.plot(row.interval, [place] * 2, "-", color=colour, linewidth=2.6, solid_capstyle="butt")
+    axes.plot(row.estimate, place, "o", color=colour, markersize=5, markeredgecolor="white", markeredgewidth=0.6)
+
+
+def _in_words(row: Row) -> str:
+    text = f"{row.estimate:.3g}"
+    if row.interval:
+        text += f" between {row.interval[0]:.3g} and {row.interval[1]:.3g}"
+    if row.simultaneous:
+        text += f" (simultaneously {row.simultaneous[0]:.3g} to {row.simultaneous[1]:.3g})"
+    return text
+
+
+def _ratio_ticks(axes: Axes, rows: Sequence[Row]) -> None:
+    """Mark plain numbers, as many as have room: of a narrow range the differences of a linear axis."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+    ends = [value for row in rows for value in (row.estimate, *(row.simultaneous or ()), *(row.interval or ()))]
+    low, high = min([*ends, 0.95]), max([*ends, 1.05])
+    axes.set_xlim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
+    if high / low > 6:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        marks = [step * 10.0**power for power in decades for step in (1, 2, 5)]
+    else:
+        marks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high).tolist()
+    axes.xaxis.set_major_locator(FixedLocator([mark for mark in marks if low <= mark <= high]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+
+
+def scatter(title: str, dots: Mapping[str, Dots], labels: tuple[str, str], looks: Mapping[str, Style]) -> Figure:
+    """Return a point per variant, named beside it, with error bars, and a pale one per seed."""
+    texts = []
+    with Canvas() as canvas:
+        canvas.figure.set_size_inches(WIDTH, 3.6)
+        axes = canvas.axes
+        for name, of in dots.items():
+            look, (x, y) = looks[name], of.mean
+            axes.plot(*zip(*of.points, strict=True), look.marker, color=look.colour, alpha=0.35, markersize=4)
+            axes.plot(of.x_interval, (y, y), "-", color=look.colour, linewidth=1.1)
+            axes.plot((x, x), of.y_interval, "-", color=look.colour, linewidth=1.1)
+            axes.plot(x, y, look.marker, color=look.colour, markersize=7, markeredgecolor="white", markeredgewidth=0.7)
+            texts.append(f"{name} at {x:.4g} and {y:.4g}")
+        axes.set_xlabel(labels[0], fontsize=8)
+        axes.set_ylabel(labels[1], fontsize=8)
+        axes.grid(alpha=0.25, linewidth=0.5)
+        axes.margins(0.14)
+        axes.set_title(title, fontsize=10)
+        _name_beside(canvas, {name: of.mean for name, of in dots.items()})
+        png = canvas.png()
+    return Figure(title, f"{title}: {labels[1]} over {labels[0]}. {'; '.join(texts)}.", png)
+
+
+def _name_beside(canvas: Canvas, places: Mapping[str, tuple[float, float]]) -> None:
+    """Write every name beside its point, on the side where it covers the least."""
+    from matplotlib.transforms import Bbox
+
+    canvas.figure.canvas.draw()  # only now is it known where points are
+    axes = canvas.axes
+    inside = axes.get_window_extent()
+    centres = {name: axes.transData.transform(place) for name, place in places.items()}
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in centres.values()]
+    sides = [
+        (6, 4, "left"),
+        (-6, 4, "right"),
+        (6, -11, "left"),
+        (-6, -11, "right"),
+        (0, 9, "center"),
+        (0, -16, "center"),
+    ]
+    for name, place in places.items():
+        best: tuple[float, tuple[int, int, str], Bbox] | None = None
+        for side in sides:
+            text = _beside(axes, name, place, side)
+            box = text.get_window_extent()
+            text.remove()
+            outside = max(0.0, inside.x0 - box.x0) + max(0.0, box.x1 - inside.x1)
+            cost = sum(_overlap(box, other) for other in taken) + 50 * outside
+            if best is None or cost < best[0] - 1e-6:
+                best = cost, side, box
+        assert best is not None, "there are sides"
+        _beside(axes, name, place, best[1])
+        taken.append(best[2])
+
+
+def _beside(axes: Axes, name: str, place: tuple[float, float], side: tuple[int, int, str]):  # type: ignore[no-untyped-def]
+    x, y, align = side
+    return axes.annotate(name, place, (x, y), textcoords="offset points", ha=align, fontsize=7.5)
+
+
+def _overlap(box: Bbox, other: Bbox) -> float:
+    width = min(box.x1, other.x1) - max(box.x0, other.x0)
+    height = min(box.y1, other.y1) - max(box.y0, other.y0)
+    return max(0.0, width) * max(0.0, height)
+
+
+def curves(
+    title: str,
+    lines: Mapping[str, Sequence[Points]],
+    looks: Mapping[str, Style],
+    labels: tuple[str, str] = ("step", ""),
+    *,
+    log: str = "",
+    reference: tuple[str, Points] | None = None,
+) -> Figure:
+    """Return the lines of every variant, one per seed, all in the variant's colour.
+
+    Args:
+        title: of the plot.
+        lines: by variant, ``(x, y)`` per seed.
+        looks: of the variants.
+        labels: of the two axes.
+        log: which axes are logarithmic, where all values there are above 0.
+        reference: a dashed line that is no variant's, and its name.
+    """
+    from matplotlib.lines import Line2D
+
+    drawn = {name: [points for points in seeds if points] for name, seeds in lines.items()}
+    drawn = {name: seeds for name, seeds in drawn.items() if seeds}
+    below = -(-(len(drawn) + (reference is not None)) // LABELS_BELOW)
+    ends = []
+    with Canvas() as canvas:
+        canvas.figure.set_size_inches(WIDTH, 2.7 + 0.17 * below)
+        axes, handles = canvas.axes, []
+        for name, seeds in drawn.items():
+            look = looks[name]
+            for points in seeds:
+                marker = look.marker if len(points) < 3 else ""
+                axes.plot(*zip(*points, strict=True), look.line, color=look.colour, linewidth=1, marker=marker)
+            handles.append(Line2D([], [], color=look.colour, linestyle=look.line, label=name))
+            ends.append(f"{name} {', '.join(f'{points[-1][1]:.4g}' for points in seeds)}")
+        if reference:
+            axes.plot(*zip(*reference[1], strict=True), "k--", linewidth=1)
+            handles.append(Line2D([], [], color="k", linestyle="--", label=reference[0]))
+        every = [point for seeds in drawn.values() for points in seeds for point in points]
+        for letter, scale, number in (("x", axes.set_xscale, 0), ("y", axes.set_yscale, 1)):
+            if letter in log and all(point[number] > 0 for point in every):
+                scale("log")
+        axes.set_xlabel(labels[0], fontsize=8)
+        axes.set_ylabel(labels[1], fontsize=8)
+        axes.grid(alpha=0.25, which="both", linewidth=0.5)
+        axes.set_title(title, fontsize=10)
+        canvas.figure.legend(handles=handles, loc="outside lower left", ncols=LABELS_BELOW, fontsize=7.5, frameon=False)
+        png = canvas.png()
+    return Figure(title, f"{title} over {labels[0]}, a line per seed, which end at: {'; '.join(ends)}.", png)
