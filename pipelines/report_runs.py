@@ -225,7 +225,8 @@ def _has_changed(variant: Variant, run: Run) -> bool:
     if run.stage == 1:
         measured, autoencoder = protocol.get("autoencoder", {}).get("fingerprint"), variant.autoencoder
         return None not in (measured, autoencoder) and autoencoder.fingerprint() != measured  # type: ignore[union-attr]
-    widths = run.config.get("train", {}).get("ema", {}).get("widths", [])
+    ema = run.config.get("train", {}).get("ema")
+    widths = ema.get("widths", []) if isinstance(ema, dict) else []
     if "model_sha256" not in protocol or protocol.get("ema") not in widths[:1]:
         return False  # of another average than the one in the model folder
     try:

@@ -1,9 +1,12 @@
 """The protocol lock."""
 
+import re
+
 import pytest
 
+from wavelatent.common.config import PRESETS
 from wavelatent.common.evaluation import Result
-from wavelatent.pipelines.comparison import comparable, differences, flatten, protocol_differences
+from wavelatent.pipelines.comparison import DEFINED_BY, comparable, differences, flatten, protocol_differences
 
 METRICS = {"psnr": 30.0, "lpips": 0.1, "rfid": 2.0}
 PROTOCOL = {
@@ -58,6 +61,12 @@ def test_a_field_that_one_protocol_lacks_and_one_that_nobody_knows_count():
     assert differences(result(), result(novel=1)) == ["novel (1 against none)"]
     assert differences(result(novel=1), result()) == ["novel (none against 1)"]
     assert protocol_differences({"a": 1}, {"a": 2}, "no such metric") == ["a (2 against 1)"]
+
+
+def test_the_page_on_evaluation_has_every_figure():
+    page = (PRESETS.parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert {name for cell in cells for name in re.findall("`(.+?)`", cell)} == set(DEFINED_BY)
 
 
 def test_flatten():

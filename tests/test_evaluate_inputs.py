@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_evaluation import COUNT, SIZE, HalfSize, TinyInception, pixels, write_folder
 from torch import Tensor
 
-from wavelatent.common import reference_cache
+from wavelatent.common import evaluation, reference_cache
 from wavelatent.common.errors import UsageError, WavelatentError
 from wavelatent.common.evaluation import Result
 from wavelatent.common.feature_distances import FeatureStatistics
@@ -230,6 +230,18 @@ def test_images_without_a_file_are_named_by_their_place(data, tmp_path):
         result = evaluate_reconstruction("half", str(tmp_path / spec), out=out, intervals=False)
         assert next(csv.DictReader((out / "per-image.csv").open()))["name"] == first
         assert result.worst["psnr"][0]["name"] == first.replace("[0]", f"[{result.worst['psnr'][0]['index']}]")
+
+
+def test_the_warning_of_few_images_begins_below_its_limit_on_either_side(data, samples, monkeypatch):
+    def warned(limit: int, **options: object) -> bool:
+        monkeypatch.setattr(evaluation, "SMALL_SAMPLE", limit)
+        result = evaluate_generation(samples=samples, data=str(data), overwrite=True, intervals=False, **options)
+        return any(note.startswith("small-sample: fid") for note in result.protocol.get("notes", []))
+
+    assert not warned(COUNT)
+    assert warned(COUNT + 1)
+    assert warned(COUNT, num=COUNT - 1)
+    assert warned(COUNT, num_reference=COUNT - 1)
 
 
 def test_several_results_in_one_folder_keep_their_figures_apart(data, tmp_path):
