@@ -7,8 +7,7 @@ trained; see ``docs/study.md``.
 from __future__ import annotations
 
 import difflib
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -82,6 +81,8 @@ class StudyEvaluationConfig(Config):
     sampler: str = "dpmpp_2m"
     steps: int = Field(20, ge=1)
     grid: Grid = "karras"
+    pass_rows: int = Field(16, ge=1)
+    """Images per pass of the networks in sampling; more are faster on a GPU. It decides the last bits of an image."""
     num_reconstructions: int | None = Field(None, ge=2)
     """Images of ``data.validation`` that each autoencoder reconstructs; None is all of them."""
     lpips_net: LpipsNet = "alex"
@@ -93,19 +94,20 @@ class StudyEvaluationConfig(Config):
     @field_validator("sampler")
     @classmethod
     def _a_sampler(cls, name: str) -> str:
-        return _one_of(name, SAMPLERS, "sampler")
+        return _one_of(name, SAMPLERS, "no sampler")
 
     @field_validator("health")
     @classmethod
     def _sections(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_one_of(name, SECTIONS, "section of the latent health report") for name in names)
+        return tuple(_one_of(name, SECTIONS, "no section of the latent health report") for name in names)
 
 
-def _one_of(name: str, known: Iterable[str], what: str) -> str:
+def _one_of(name: str, known: Iterable[str], complaint: str) -> str:
+    """Return ``name``, or raise ``ValueError`` with the nearest that is known, or all."""
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid: {', '.join(known)}"
-        raise ValueError(f"no {what} {name!r}; {hint}")
+        raise ValueError(f"{complaint} {name!r}; {hint}")
     return name
 
 
@@ -204,18 +206,22 @@ class StudyConfig(Config):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> StudyConfig:
-        named = [("design.variants", levels) for levels in getattr(self.design, "variants", {}).values()]
-        named += [("design.exclude", levels) for levels in getattr(self.design, "exclude", ())]
-        for claim, config in self.claims.items():
-            for comparison in config.comparisons:
-                for level in (comparison.level, comparison.against):
-                    named.append((f"claims.{claim}", {comparison.factor: level}))
-                named += [(f"claims.{claim}.at", comparison.at), (f"claims.{claim}.against_at", comparison.against_at)]
-        for where, (factor, level) in itertools.chain.from_iterable(
-            (((where, item) for item in levels.items()) for where, levels in named)
-        ):
-            if factor not in self.factors:
-                raise ValueError(f"{where}: no factor {factor!r}; there are {', '.join(self.factors)}")
-            if level not in self.factors[factor]:
-                raise ValueError(f"{where}: {factor} has no level {level!r}; it has {', '.join(self.factors[factor])}")
+        for where, levels in self._named():
+            for factor, level in levels.items():
+                _one_of(factor, self.factors, f"{where}: no factor")
+                _one_of(level, self.factors[factor], f"{where}: {factor} has no level")
         return self
+
+    def _named(self) -> Iterator[tuple[str, Levels]]:
+        """Yield every levels by factor that design and claims name, and the key that names them."""
+        for name, levels in getattr(self.design, "variants", {}).items():
+            yield f"design.variants.{name}", levels
+        for number, levels in enumerate(getattr(self.design, "exclude", ())):
+            yield f"design.exclude.{number}", levels
+        for name, claim in self.claims.items():
+            for number, comparison in enumerate(claim.comparisons):
+                where = f"claims.{name}.comparisons.{number}"
+                yield where, {comparison.factor: comparison.level}
+                yield where, {comparison.factor: comparison.against}
+                yield f"{where}.at", comparison.at
+                yield f"{where}.against_at", comparison.against_at
