@@ -376,6 +376,7 @@ def reconstruction(as_json: bool, **arguments: Any) -> None:
 @SIZE
 @BAD
 @SAMPLER
+@click.option("--ae", "autoencoder", default=None, help="The recorded autoencoder, where it has moved.")
 @click.option("--num-reference", type=click.IntRange(min=1), default=None, help="Reference images; all by default.")
 @TRUST
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for metrics.json.")

@@ -148,6 +148,7 @@ def evaluate_generation(
     num: int | None = None,
     seeds: Sequence[int] | None = None,
     options: SampleOptions = DEFAULT_OPTIONS,
+    autoencoder: str | None = None,
     out: Path | None = None,
     num_reference: int | None = None,
     size: int | None = None,
@@ -175,6 +176,7 @@ def evaluate_generation(
         num: how many samples; None is every one in the folder. A run needs it, or ``seeds``.
         seeds: the seeds to sample a run with; None is ``num`` of them from ``seed`` on.
         options: what decides the samples of a run besides the seeds, as in ``sample``.
+        autoencoder: the one that the run records, where it is no longer at the recorded path.
         out: folder (or ``.json`` file) for ``metrics.json``; by default in the samples' folder, or
             ``evaluation-generation`` in the run's; for ``NAME.npz`` it is ``NAME.metrics.json`` beside it.
         num_reference: how many reference images, the first of the order drawn from ``reference_seed``; None is all.
@@ -198,10 +200,8 @@ def evaluate_generation(
     begin = time.monotonic()
     if (samples is None) == (run is None):
         raise UsageError("give either --samples DIR, or --run RUN with --num N")
-    if samples is not None and replace(options, mixed_precision="no") != DEFAULT_OPTIONS:
-        raise UsageError(
-            "how to sample is for --run: the images of --samples are drawn already; leave these options out"
-        )
+    if samples is not None and (autoencoder or replace(options, mixed_precision="no") != DEFAULT_OPTIONS):
+        raise UsageError("how to sample is for --run: --samples are drawn already; leave out --sampler, --ae and such")
     with StopRequest() as stop, accelerated(RuntimeOptions(device, options.mixed_precision)) as accelerator:
         place = _place(accelerator, device)
         reference = in_agreement(
@@ -215,7 +215,7 @@ def evaluate_generation(
             if samples is not None:
                 return open_samples(samples, num)
             assert run is not None, "seen to above"
-            return RunSamples(run, chosen_seeds(num, seeds, seed), options, device=place)
+            return RunSamples(run, chosen_seeds(num, seeds, seed), options, device=place, autoencoder=autoencoder)
 
         require_same(accelerator, f"--data {data}", reference.fingerprint)
         source = in_agreement(accelerator, open_source)

@@ -184,9 +184,10 @@ class RunSamples(SampleSource):
         options: SampleOptions = DEFAULT_OPTIONS,
         *,
         device: str | torch.device = "auto",
+        autoencoder: str | None = None,
     ) -> None:
         self.seeds = seeds
-        self._sampler = ImageSampler(run, options, device=device)
+        self._sampler = ImageSampler(run, options, device=device, autoencoder=autoencoder)
 
     def __len__(self) -> int:
         return len(self.seeds)

@@ -111,7 +111,7 @@ def _sampling_verdict(psnr: float, sampled: float, data: LatentData, remark: str
 
 def _precision_verdict(precisions: dict[str, float], gaps: dict[str, float]) -> Verdict:
     measured = " and ".join(f"{precisions[name]:.2f} dB in {name}" for name in gaps)
-    unmeasured = "" if "fp16" in gaps else " In fp16 it was not measured, which CPUs are no good at."
+    unmeasured = "" if "fp16" in gaps else " fp16 is measured on a GPU only."
     return Verdict(
         graded(_loss(precisions["no"], min(precisions[name] for name in gaps)), PRECISION_NOTE, PRECISION_FAULT),
         "bf16_gap",

@@ -188,6 +188,7 @@ def test_samples_that_cannot_be_compared_are_refused_by_name(data, samples):
     refused(r"no such folder", samples=samples / "nowhere")
     refused(r"either --samples DIR, or --run", run=samples)
     refused(r"how to sample is for --run", options=SampleOptions(Sampling("euler", 3)))
+    refused(r"how to sample is for --run", autoencoder="some/ae")
     Image.new("RGB", (SIZE, SIZE - 1)).save(samples / "000004.png")
     refused(r"000004.png is 32x31, 000000.png 32x32")
     (samples / "000004.png").write_bytes(b"not an image")
@@ -210,11 +211,13 @@ def test_generation_without_weights_fails_with_the_line_that_helps(data, samples
 
 def test_a_run_is_sampled_in_memory(data, samples, monkeypatch, tmp_path):
     images = _pixels(samples)
-    asked = []
+    asked: list[tuple[Path, list[int]]] = []
+    autoencoders: list[str | None] = []
 
     class Sampler:
-        def __init__(self, run, options, *, device):
+        def __init__(self, run, options, *, device, autoencoder):
             self.run, self.options = run, options
+            self.autoencoder = autoencoder
             self.model = SimpleNamespace(latent_shape=(4, SIZE // 2, SIZE // 2))
             self.decoder = SimpleNamespace(downsampling=2)
 
@@ -223,6 +226,7 @@ def test_a_run_is_sampled_in_memory(data, samples, monkeypatch, tmp_path):
 
         def draw(self, seeds):
             asked.append((self.run, list(seeds)))
+            autoencoders.append(self.autoencoder)
             return images[list(seeds)]
 
     monkeypatch.setattr("wavelatent.pipelines.sample_sources.ImageSampler", Sampler)
@@ -233,7 +237,8 @@ def test_a_run_is_sampled_in_memory(data, samples, monkeypatch, tmp_path):
     assert drawn.metrics == pytest.approx(evaluate_generation(samples=samples, data=str(data)).metrics)
     assert (run / "evaluation-generation" / "metrics.json").exists()
     assert (drawn.protocol["sampler"], drawn.protocol["seeds"]) == ("euler", "0-11")
-    drawn = evaluate_generation(run=run, num=2, seed=7, data=str(data), out=tmp_path)
+    drawn = evaluate_generation(run=run, num=2, seed=7, data=str(data), out=tmp_path, autoencoder="moved")
+    assert autoencoders == [None, None, "moved"]
     assert asked[-1] == (run, [7, 8])
     assert drawn.protocol["sampler"] == "heun"
     with pytest.raises(UsageError, match="--run needs --num"):
