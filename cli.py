@@ -461,6 +461,47 @@ def ablate(
 
 
 @cli.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[key=value]...")
+@OUT
+@click.option("--data", default=None, help="The images to train on, over the config's data.train.")
+@click.option("--eval-data", default=None, help="The images to measure on, over the config's data.validation.")
+@click.option("--shard", default="0/1", show_default=True, help="Work on every n-th cell from the i-th on: i/n.")
+@click.option("--dry-run", is_flag=True, help="List the cells with the time and the disk they will take, and stop.")
+@click.option("--report-only", is_flag=True, help="Train nothing; report what is finished.")
+@MINUTES
+@BATCH
+@DEVICE
+@click.option("--seed", type=int, default=None, help="This one only, over the config's seeds.")
+@JSON
+def study(
+    config: str,
+    overrides: tuple[str, ...],
+    data: str | None,
+    eval_data: str | None,
+    seed: int | None,
+    shard: str,
+    as_json: bool,
+    **arguments: Any,
+) -> None:
+    """Train variants x seeds through both stages (a preset study-* or a YAML file), compare and report them.
+
+    Run it again to go on; a second process with the same --out shares the work.
+    """
+    from wavelatent.common.config import load_config
+    from wavelatent.pipelines.study import describe
+    from wavelatent.pipelines.study import study as run
+    from wavelatent.pipelines.study_config import StudyConfig
+
+    over = _given({"data.train": data, "data.validation": eval_data, "seeds": None if seed is None else [seed]})
+    given = [f"{key}={json.dumps(value)}" for key, value in over.items()]  # JSON is YAML, whatever is in a path
+    study_config = load_config(StudyConfig, config, [*overrides, *given])
+    arguments["overwrite"] = False
+    result = run(study_config, options=_runtime(arguments), shard=_shard(shard), **_given(arguments))
+    _emit(result, as_json, describe(result))
+
+
+@cli.command()
 @AE
 @OUT
 @click.option("--latents", type=FOLDER, default=None, help="A latent cache of it, for the model's normalisation.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,10 @@ class Cell(Generic[C]):
 
     def __str__(self) -> str:
         return f"{self.variant}, seed {self.seed} ({self.folder.name})"
+
+
+K = TypeVar("K", bound=Cell[Any])
+T = TypeVar("T")
 
 
 def variant_configs(base: C, variants: Mapping[str, Mapping[str, Any]]) -> dict[str, C]:
@@ -95,7 +99,7 @@ def _key(config: BaseModel, context: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def take_shard(cells: Sequence[Cell[C]], shard: tuple[int, int]) -> list[Cell[C]]:
+def take_shard(cells: Sequence[T], shard: tuple[int, int]) -> list[T]:
     """Return every ``n``-th cell from the ``i``-th on, for ``shard = (i, n)`` with ``0 <= i < n``."""
     index, count = shard
     if not 0 <= index < count:
@@ -105,25 +109,36 @@ def take_shard(cells: Sequence[Cell[C]], shard: tuple[int, int]) -> list[Cell[C]
     return list(cells[index::count])
 
 
-def work_through(cells: Iterable[Cell[C]], work: Callable[[Cell[C]], None], stop: StopRequest) -> None:
-    """Call ``work`` on every cell while holding the cell's lock, so that processes with the same root share the work.
+def work_through(cells: Iterable[K], work: Callable[[K], None], stop: StopRequest) -> None:
+    """Call ``work`` on every cell while holding the cell's lock; order and errors are those of :func:`claim`."""
+    for cell in claim(cells, stop):
+        work(cell)
 
-    A cell that another process holds is left for the end, and then waited for. Raises :class:`Stopped` when ``stop``
-    asks for it, between cells or while waiting.
+
+def claim(
+    cells: Iterable[K], stop: StopRequest, is_ready: Callable[[K], bool] = lambda cell: True
+) -> Generator[K, None, None]:
+    """Yield every cell once, holding its lock until the next: processes with the same root share the work.
+
+    A cell that another process holds, or that is not yet ready, is left for the end, and then waited for. Raises
+    :class:`Stopped` when ``stop`` asks for it, between cells or while waiting.
     """
     waiting = list(cells)
     while waiting:
-        held = []
+        left = []
         for cell in waiting:
             _check(stop)
+            if not is_ready(cell):
+                left.append(cell)
+                continue
             with _try_lock(cell.folder) as locked:
                 if locked:
-                    work(cell)
+                    yield cell
                 else:
-                    held.append(cell)
-        if len(held) == len(waiting):
+                    left.append(cell)
+        if len(left) == len(waiting):
             time.sleep(POLL_SECONDS)
-        waiting = held
+        waiting = left
 
 
 def _check(stop: StopRequest) -> None:
@@ -132,10 +147,10 @@ def _check(stop: StopRequest) -> None:
 
 
 @contextmanager
-def _try_lock(folder: Path):  # type: ignore[no-untyped-def]
-    """Give the block whether it holds the lock of ``folder``."""
+def _try_lock(folder: Path) -> Iterator[bool]:
+    """Give the block whether it holds the lock of ``folder``. Another thread may end the block."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0, thread_local=False)
     try:
         lock.acquire()
     except Timeout:

@@ -67,11 +67,11 @@ def info(
         shape = latent_shape or (inputs["latents"]["shape"] if inputs else LATENT_SHAPES.get(source))
         classes = int(inputs["data"].get("num_classes", 0)) if inputs else 0
         config = load_config(DiffusionRunConfig, source, overrides)
-        return _denoiser(config, shape or DEFAULT_LATENT_SHAPE, classes)
+        return denoiser_info(config, shape or DEFAULT_LATENT_SHAPE, classes)
     if latent_shape is not None:
         raise UsageError(f"{source} configures an autoencoder: its latent shape follows from the image size")
     size = size or (int(inputs["data"]["transform"]["size"]) if inputs else IMAGE_SIZE)
-    return _autoencoder(load_config(AutoencoderRunConfig, source, overrides), size)
+    return autoencoder_info(load_config(AutoencoderRunConfig, source, overrides), size)
 
 
 def is_diffusion_config(source: str) -> bool:
@@ -90,7 +90,8 @@ def _read_inputs(run: Path) -> dict[str, Any]:
         raise WavelatentError(f"{run} is not a whole run folder: its inputs.json cannot be read ({error})") from error
 
 
-def _autoencoder(config: AutoencoderRunConfig, size: int) -> dict[str, Any]:
+def autoencoder_info(config: AutoencoderRunConfig, size: int) -> dict[str, Any]:
+    """Return what :func:`info` does of an autoencoder for images of ``size`` pixels."""
     with FakeTensorMode():
         try:
             model = Autoencoder(resolve_pretrained(config.model)).eval()
@@ -119,7 +120,8 @@ def _autoencoder(config: AutoencoderRunConfig, size: int) -> dict[str, Any]:
     }
 
 
-def _denoiser(config: DiffusionRunConfig, latent_shape: Sequence[int], num_classes: int) -> dict[str, Any]:
+def denoiser_info(config: DiffusionRunConfig, latent_shape: Sequence[int], num_classes: int) -> dict[str, Any]:
+    """Return what :func:`info` does of a denoiser of latents ``[C, h, w]``."""
     with FakeTensorMode():
         try:
             classes = num_classes if config.class_conditional else 0

@@ -252,7 +252,3 @@ def test_a_signal_that_reaches_a_part_is_heard_by_the_whole():
 def test_a_part_has_no_more_time_than_the_whole():
     with StopRequest(max_minutes=-1), StopRequest(max_minutes=5) as part:
         assert part.reason == "--max-minutes"
-    with StopRequest() as whole:
-        with StopRequest(max_minutes=-1) as part:
-            assert part.reason == "--max-minutes"
-        assert whole.reason is None

@@ -1,0 +1,332 @@
+"""``study``: variants times seeds through both stages under one protocol, then the comparison report.
+
+::
+
+    OUT/config.yaml                        the resolved configuration; config.1.yaml, ... those before that differ
+    OUT/data/train, validation             the images at data.size, where the configuration asks for one
+    OUT/autoencoders, latents, diffusions  the cells, see :mod:`.study_cells`
+    OUT/results.json                       configuration, a record per cell, analysis, and what all cells share
+    OUT/report.html, OUT/summary.md        the same to read
+
+Everything goes on by the same command, and what is finished is left alone. Processes that are given the same ``--out``
+share the cells by locks; ``accelerate launch`` or ``torchrun`` puts several processes to work on one cell at a time. On
+machines without a file system in common give each a ``--shard``, then copy the folders together (names never clash, as
+each is named by what is computed in it) and run the command once more with ``--report-only``. There an autoencoder that
+cells of two shards need is trained by each; it has the same name, and either copy will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..common.config import dump_yaml, parse_yaml
+from ..common.distributed_features import by_main
+from ..common.errors import UsageError, WavelatentError
+from ..common.files import write_atomically
+from ..common.metric_weights import load_weights
+from ..common.runtime import RuntimeOptions, StopRequest, accelerated
+from .cells import Cell, claim, take_shard
+from .study_cells import FINAL_STATES, StudyCell, Task, Workbench, is_failure, make_study_cells, tasks_of
+from .study_config import StudyConfig
+from .study_data import StudyData, open_study_data, prepare_study_data, require_data
+from .study_design import Variant, make_variants
+from .study_networks import Networks, networks_of
+from .study_results import public_config, record_of, setting_of, state_of
+
+T = TypeVar("T")
+
+RESULTS, SUMMARY, PAGE, CONFIG = "results.json", "summary.md", "report.html", "config.yaml"
+FORMAT = 1
+"""Of ``results.json``; rises when a reader of it would have to change."""
+
+
+def study(
+    config: StudyConfig,
+    *,
+    out: Path,
+    options: RuntimeOptions | None = None,
+    shard: tuple[int, int] = (0, 1),
+    batch_size: int = 32,
+    dry_run: bool = False,
+    report_only: bool = False,
+) -> dict[str, Any]:
+    """Train and measure every cell that is not there yet; once all are, analyse them and write the report.
+
+    A cell whose loss, gradient or latents are not finite is reported as failed, and the others go on. Everything is
+    measured in float32, whatever the training's precision.
+
+    Args:
+        config: the study; ``data.train`` must be set.
+        out: its folder.
+        options: device, precision of the training, and ``max_minutes`` for all of it. ``overwrite`` is not looked at:
+            a cell is named by what is computed in it, so none is ever in the way of another.
+        shard: ``(i, n)``: work on every ``n``-th cell from the ``i``-th on only.
+        batch_size: images per pass, of everything but training and sampling.
+        dry_run: only list the cells of the shard with the time and the disk that they will take; nothing is written.
+        report_only: train nothing; analyse and report what is finished.
+
+    Returns:
+        ``{"study", "cells": [{"variant", "seed", "state", "autoencoder", "diffusion"}], "complete": bool}``, where
+        ``state`` is ``new``, ``started``, ``trained``, ``finished`` or ``failed``. After a dry run also ``estimate``;
+        where there are results also their paths ``results``, ``summary`` and ``report``, and ``claims``, the verdict by
+        name.
+
+    Raises:
+        UsageError: the configuration is at fault, there is no data, or the data cannot serve.
+        MissingWeightsError: the weights of Inception are not to be had; before anything is trained.
+        WavelatentError: nothing is finished that could be reported.
+        Stopped: by ``max_minutes``, SIGTERM or SIGINT; the same command goes on from there.
+    """
+    options = options or RuntimeOptions()
+    variants = make_variants(config)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if dry_run:
+        if processes > 1:
+            raise UsageError("--dry-run: start it without accelerate launch; it trains nothing")
+        return _dry_run(config, variants, out, options, shard, batch_size)
+    with StopRequest(options.max_minutes) as stop, _together(options, processes) as team:
+        if not report_only:
+            team.decide(lambda: _begin(config, out, stop))
+        plan = Plan.make(config, variants, out, open_study_data(config, out), options, batch_size)
+        if not report_only:
+            _work(plan, tasks_of(take_shard(plan.cells, shard)), team, stop)
+        return team.decide(lambda: _finish(plan, report_only))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study over given data: its cells, how they are worked on, and their networks by variant."""
+
+    config: StudyConfig
+    variants: Sequence[Variant]
+    out: Path
+    cells: list[StudyCell]
+    bench: Workbench
+    networks: Mapping[str, Networks]
+    mixed_precision: str
+
+    @classmethod
+    def make(
+        cls,
+        config: StudyConfig,
+        variants: Sequence[Variant],
+        out: Path,
+        data: StudyData,
+        options: RuntimeOptions,
+        batch_size: int,
+    ) -> Plan:
+        """Plan a study; what does not fit together is refused here, before any training."""
+        bench = Workbench(config, data, options, batch_size)
+        networks = {v.name: networks_of(v, data.train.size, data.train.num_classes) for v in variants}
+        cells = make_study_cells(config, variants, out, data, options.mixed_precision)
+        return cls(config, variants, out, cells, bench, networks, options.mixed_precision)
+
+    def listed(self, cells: Sequence[StudyCell] | None = None) -> list[dict[str, Any]]:
+        """Return the cells, or ``cells``, with how far they are."""
+        return [
+            {
+                "variant": cell.variant.name,
+                "seed": cell.seed,
+                "state": state_of(cell, self.bench),
+                **{
+                    task.stage: task.folder.relative_to(self.out).as_posix()
+                    for task in (cell.autoencoder, cell.diffusion)
+                },
+            }
+            for cell in (self.cells if cells is None else cells)
+        ]
+
+
+class Team:
+    """The processes that work on one cell together: the main one decides, and all follow."""
+
+    def __init__(self, options: RuntimeOptions, processes: int) -> None:
+        self._options, self._processes = options, processes
+        self.is_main = os.environ.get("RANK", "0") == "0"
+
+    def decide(self, work: Callable[[], T]) -> T:
+        """Return in every process what ``work`` returns in the main one, which alone does it, however long it takes."""
+        if self._processes == 1:
+            return work()
+        with accelerated(self._options) as accelerator:
+            return by_main(accelerator, work)
+
+    def say(self, text: str) -> None:
+        """Print a line on stderr, once."""
+        if self.is_main:
+            print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _together(options: RuntimeOptions, processes: int):  # type: ignore[no-untyped-def]
+    """Give the block its :class:`Team`, whose process group stays up between the parts of the work."""
+    options = RuntimeOptions(device=options.device)
+    with accelerated(options) if processes > 1 else contextlib.nullcontext():
+        yield Team(options, processes)
+
+
+def _begin(config: StudyConfig, out: Path, stop: StopRequest) -> None:
+    """Do what comes before all cells: keep the configuration, prepare the data, find the metric weights."""
+    require_data(config)
+    load_weights("inception")
+    out.mkdir(parents=True, exist_ok=True)
+    for _ in claim([Cell("data", 0, config, out / "data")], stop):
+        _keep_config(config, out)
+        prepare_study_data(config, out)
+
+
+def _keep_config(config: StudyConfig, out: Path) -> None:
+    """Write ``config.yaml``. One that differs is kept, numbered: what is decided beforehand must stay known."""
+    file, text = out / CONFIG, dump_yaml(config)
+    if file.is_file() and file.read_text(encoding="utf-8") == text:
+        return
+    if file.is_file():
+        file.rename(out / f"config.{len(_earlier(out)) + 1}.yaml")
+    write_atomically(file, text)
+
+
+def _earlier(out: Path) -> list[Path]:
+    """Return the configurations of earlier starts, the first first."""
+    return sorted(out.glob("config.[0-9]*.yaml"), key=lambda path: int(path.suffixes[0][1:]))
+
+
+def _changed_since(config: StudyConfig, out: Path) -> list[str]:
+    """Return which sections of the configuration are not as at the first start; the data may have moved."""
+    if not (earlier := _earlier(out)):
+        return []
+    first = parse_yaml(earlier[0].read_text(encoding="utf-8"), str(earlier[0]))
+    now = config.model_dump(mode="json")
+    return [name for name in now if name != "data" and first.get(name) != now[name]]
+
+
+def _work(plan: Plan, tasks: Sequence[Task], team: Team, stop: StopRequest) -> None:
+    """Do all tasks; the main process holds the lock of the one that is worked on."""
+    numbers = {task.folder: number for number, task in enumerate(tasks, start=1)}
+    with contextlib.closing(claim(tasks, stop, plan.bench.is_ready)) as claimed:
+
+        def take() -> tuple[int, list[str]] | None:
+            task = next(claimed, None)
+            return None if task is None else (numbers[task.folder], plan.bench.unfinished(task))
+
+        while (taken := team.decide(take)) is not None:
+            number, steps = taken
+            task = tasks[number - 1]
+            _do(task, steps, f"[{number}/{len(tasks)}] {task.stage} of {task}", plan.bench, team)
+
+
+def _do(task: Task, names: Sequence[str], label: str, bench: Workbench, team: Team) -> None:
+    """Do the steps of a task that are named; one that fails for good is noted, and the others are left."""
+    if not names:
+        return team.say(f"{label}: {bench.failure(task) or 'there already'}")
+    for step in bench.steps(task):
+        if step.name not in names:
+            continue
+        team.say(f"{label}: {step.name}")
+        try:
+            team.decide(partial(_without_result, step.do)) if step.by_main else step.do()
+        except WavelatentError as error:
+            if not is_failure(error):
+                raise
+            team.say(f"{label}: failed: {error}")
+            team.decide(partial(bench.fail, task, step.name, error))
+            return None
+    return None
+
+
+def _without_result(do: Callable[[], object]) -> None:
+    """Call ``do``, whose result the other processes have no need of."""
+    do()
+
+
+def _finish(plan: Plan, report_only: bool) -> dict[str, Any]:
+    """Write the results where all cells are there, or those that are where that was asked for."""
+    listed = plan.listed()
+    result = {
+        "study": str(plan.out),
+        "cells": listed,
+        "complete": all(cell["state"] in FINAL_STATES for cell in listed),
+    }
+    if not (result["complete"] or report_only):
+        return result
+    return {**result, **write_results(plan)}
+
+
+def write_results(plan: Plan) -> dict[str, Any]:
+    """Analyse the cells that are there, write results, summary and report, and return their paths and the verdicts."""
+    from .study_analysis import analyse
+    from .study_report import write_report
+
+    config, variants, out = plan.config, plan.variants, plan.out
+    found = (record_of(cell, plan.bench, out, plan.networks[cell.variant.name]) for cell in plan.cells)
+    records = [record for record in found if record is not None]
+    if not any(record.failed is None for record in records):
+        raise WavelatentError(f"{out}: no cell is finished, so that there is nothing to report")
+    analysis = analyse(config, variants, records)
+    setting = setting_of(plan.cells, records, plan.bench, plan.networks, plan.mixed_precision)
+    setting["changed_since_the_first_start"] = _changed_since(config, out)
+    content = {
+        "format": FORMAT,
+        "config": public_config(config),
+        "variants": [{"name": variant.name, "levels": variant.levels} for variant in variants],
+        "cells": [record.as_dict() for record in records],
+        "analysis": analysis.as_dict(),
+        "setting": setting,
+    }
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    paths = {"results": str(out / RESULTS), "summary": str(out / SUMMARY), "report": str(out / PAGE)}
+    if not (_same(out / RESULTS, text) and all(Path(path).is_file() for path in paths.values())):
+        write_report(out, config, variants, records, analysis, setting)
+        write_atomically(out / RESULTS, text)
+    return {**paths, "claims": {claim.name: claim.verdict for claim in analysis.claims}}
+
+
+def _same(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_text(encoding="utf-8") == text
+
+
+def _dry_run(
+    config: StudyConfig,
+    variants: Sequence[Variant],
+    out: Path,
+    options: RuntimeOptions,
+    shard: tuple[int, int],
+    batch_size: int,
+) -> dict[str, Any]:
+    from .study_estimate import estimate
+
+    plan = Plan.make(config, variants, out, open_study_data(config, out, prepared=False), options, batch_size)
+    mine = take_shard(plan.cells, shard)
+    listed = plan.listed(mine)
+    return {
+        "study": str(out),
+        "cells": listed,
+        "complete": all(cell["state"] in FINAL_STATES for cell in listed),
+        "estimate": estimate(tasks_of(mine), plan.bench, plan.networks).as_dict(),
+    }
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """Return what :func:`study` returned as text."""
+    cells = result["cells"]
+    if "results" in result:
+        verdicts = [f"{verdict:13} {name}" for name, verdict in result["claims"].items()]
+        failed = [f"failed: {c['variant']}, seed {c['seed']}" for c in cells if c["state"] == "failed"]
+        left = sum(cell["state"] not in FINAL_STATES for cell in cells)
+        partial = [f"{left} of {len(cells)} cells are not in it yet"] if left else []
+        return "\n".join([*verdicts, *failed, *partial, f"the report is {result['report']}"])
+    lines = [f"{c['state']:8}  {c['variant']}, seed {c['seed']}: {c['autoencoder']}, {c['diffusion']}" for c in cells]
+    left = sum(cell["state"] not in FINAL_STATES for cell in cells)
+    lines.append(f"{left} of {len(cells)} cells are still to be trained or measured")
+    if "estimate" in result:
+        from .study_estimate import describe as describe_estimate
+
+        lines.append(describe_estimate(result["estimate"]))
+    return "\n".join(lines)

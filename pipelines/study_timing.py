@@ -1,0 +1,156 @@
+"""How fast this device trains a network of a study: a few real steps on noise, or a plain convolution's rate."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..common.errors import Stopped
+from ..common.image_sources import SkippedFile
+from ..common.latent_cache import AutoencoderRecord, DataRecord, LatentCache
+from ..common.latent_cache_writer import CachePlan, CacheWriter
+from ..common.latents import Posterior
+from ..common.run_folder import RunFolder
+from ..common.runtime import MixedPrecision, RuntimeOptions, StopRequest, accelerated, autocast, resolve_device
+from ..stage1_autoencoder.pretrained import resolve_pretrained
+from ..stage1_autoencoder.trainer import AutoencoderTrainer
+from ..stage2_diffusion.trainer import DiffusionTrainer
+from .diffusion_config import DiffusionRunConfig
+from .run_config import AutoencoderRunConfig
+from .train_diffusion import build_model, resolved
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TIMED_STEPS = 2
+RATE_SECONDS = 0.3
+"""How long the convolution runs."""
+NOISE_IMAGES = 64
+
+
+class NoiseImages:
+    """A data set of one image of noise, many times."""
+
+    def __init__(self, size: int, count: int = NOISE_IMAGES, num_classes: int = 0) -> None:
+        self.spec, self.size, self.count = "noise", size, count
+        self.transform: dict[str, object] = {"size": size}
+        self.num_classes = num_classes
+        self.class_names = [str(number) for number in range(num_classes)]
+        self.skipped: list[SkippedFile] = []
+        self._image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """Return the image."""
+        return self._image
+
+    def label(self, index: int) -> int | None:
+        """Return a class, where there are any."""
+        return index % self.num_classes if self.num_classes else None
+
+    def fingerprint(self) -> str:
+        """Return what no other data has."""
+        return "noise"
+
+
+class StepTimer(StopRequest):
+    """Lets a training make one step and then :data:`TIMED_STEPS` more, and takes the time of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._times: list[float] = []
+
+    def agreed(self, accelerator: Accelerator) -> str | None:
+        """Note the time before a step; ask to stop after the last."""
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._times.append(time.perf_counter())
+        return "timing" if len(self._times) > TIMED_STEPS + 1 else None
+
+    def seconds_per_step(self) -> float:
+        """Return the mean of the timed steps; a training that is shorter is timed with its first step and its end."""
+        times = [*self._times, time.perf_counter()] if len(self._times) < 3 else self._times[1:]
+        return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def time_autoencoder(config: AutoencoderRunConfig, size: int, options: RuntimeOptions) -> float:
+    """Return the seconds of a training step on images of ``size`` pixels. Errors are those of training."""
+    model = resolve_pretrained(config.model)
+    with _trial(options, config.train.gradient_accumulation) as (folder, accelerator), StepTimer() as timer:
+        run = RunFolder(folder / "run", config, {"kind": "autoencoder"})
+        trainer = AutoencoderTrainer(
+            model, config.objective, config.train, data=NoiseImages(size), seed=0, run=run, accelerator=accelerator
+        )
+        with run, contextlib.suppress(Stopped):
+            trainer.train(timer)
+        return timer.seconds_per_step()
+
+
+def time_diffusion(
+    config: DiffusionRunConfig, latent_shape: tuple[int, int, int], num_classes: int, options: RuntimeOptions
+) -> float:
+    """Return the seconds of a training step on latents of ``latent_shape``. Errors are those of training."""
+    with _trial(options, config.train.gradient_accumulation) as (folder, accelerator), StepTimer() as timer:
+        cache = _noise_cache(folder / "latents", latent_shape, num_classes)
+        config = resolved(config, cache)
+        run = RunFolder(folder / "run", config, {"kind": "diffusion"})
+        trainer = DiffusionTrainer(
+            build_model(config, cache), config.train, cache=cache, seed=0, run=run, accelerator=accelerator
+        )
+        with run, contextlib.suppress(Stopped):
+            trainer.train(timer)
+        return timer.seconds_per_step()
+
+
+def convolution_rate(device: str, mixed_precision: MixedPrecision) -> float:
+    """Return the floating-point operations per second of a plain convolution's forward and backward pass."""
+    place = resolve_device(device)
+    batch, channels, side = (64, 256, 32) if place.type == "cuda" else (8, 64, 32)
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1).to(place)
+    x = torch.randn(batch, channels, side, side, device=place, requires_grad=True)
+
+    def once() -> None:
+        with autocast(place, mixed_precision):
+            layer(x).sum().backward()
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+
+    once()
+    begin, rounds = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - begin) < RATE_SECONDS or not rounds:
+        once()
+        rounds += 1
+    return 3 * 2 * batch * side**2 * channels**2 * 9 * rounds / elapsed
+
+
+@contextlib.contextmanager
+def _trial(options: RuntimeOptions, accumulation: int) -> Iterator[tuple[Path, Any]]:
+    """Give the block a folder that is removed after it, and an accelerator."""
+    with TemporaryDirectory(prefix="wavelatent-timing-") as folder, accelerated(options, accumulation) as accelerator:
+        yield Path(folder), accelerator
+
+
+def _noise_cache(path: Path, shape: tuple[int, int, int], num_classes: int) -> LatentCache:
+    plan = CachePlan(
+        autoencoder=AutoencoderRecord(fingerprint="noise", path="noise"),
+        data=DataRecord(fingerprint="noise", spec="noise", transform={}, num_classes=num_classes),
+        shape=shape,
+        count=NOISE_IMAGES,
+        shard_size=NOISE_IMAGES,
+    )
+    writer = CacheWriter(path, plan)
+    index = torch.tensor(writer.remaining(0))
+    posterior = Posterior(torch.randn(NOISE_IMAGES, *shape))
+    writer.add(0, index, posterior, None, index % num_classes if num_classes else None)
+    writer.finish()
+    return LatentCache.open(path)
