@@ -10,7 +10,7 @@ from typing import Any
 from ..common.files import write_atomically
 from .pages import render
 from .report_figures import Figure, curve_figures, interval_figures
-from .report_health import LEVELS, Health, health_link, health_of, health_record, health_rows
+from .report_health import LEVELS, Health, health_link, health_of, health_record, health_rows, side_by_side
 from .report_latents import Latents, distinct_latents, latent_record, latents_of
 from .report_metrics import (
     Cell,
@@ -72,7 +72,7 @@ def report(
     names = [variant.name for variant in variants]
     rows = metric_rows(variants)
     latents = {variant.name: latents_of(variant) for variant in variants}
-    health = {variant.name: health_of(variant) for variant in variants}
+    health = side_by_side({variant.name: health_of(variant) for variant in variants})
     lines = [*notes, *summary(variants, rows)]
     by_stage = {stage: _runs_by_name(variants, stage) for stage in STAGES}
     sheets, same_seeds = sample_sheets(variants)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .comparison import NOT_COMPARABLE, flatten, protocol_differences
 from .report_runs import Variant, read_json
 
 RECORD, PAGE = "health.json", "health.html"
@@ -16,6 +17,8 @@ FOLDERS = ("latent-health", "health", ".")
 LEVELS = {"fault": "fault", "note": "note", "ok": "in order"}
 """Levels, the worst first, and what the page calls them."""
 MISSING = "not computed"
+_DECIDES_NOTHING = ("data.spec", "sections", "lpips", "features")
+"""Fields of the protocol that no verdict depends on: what data is called, and what was measured besides."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,16 @@ class Health:
         not_computed: by section, why.
         page: ``diagnose``'s own page, where it is there.
         doubt: why the findings may not be of the autoencoder that is shown, else None.
+        protocol: how they were measured.
+        not_comparable: with which variant's findings, and in which fields the protocols differ, else None.
     """
 
     findings: Mapping[str, Finding]
     not_computed: Mapping[str, str] = field(default_factory=dict)
     page: Path | None = None
     doubt: str | None = None
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    not_comparable: str | None = None
 
     def count(self, level: str) -> int:
         """Return the number of findings of a level."""
@@ -71,9 +78,29 @@ def health_of(variant: Variant) -> Health | None:
                 page = folder / PAGE
                 return Health(
                     _findings(record), record.get("not_computed", {}), page if page.is_file() else None,
-                    _doubt(variant, record),
+                    _doubt(variant, record), record.get("protocol", {}),
                 )  # fmt: skip
     return None
+
+
+def side_by_side(found: Mapping[str, Health | None]) -> dict[str, Health | None]:
+    """Return the same, with ``not_comparable`` where a protocol differs from that of the first variant that has one."""
+    first = next(((name, health.protocol) for name, health in found.items() if health), None)
+    if first is None:
+        return dict(found)
+    base, protocol = first
+
+    def compared(health: Health) -> Health:
+        differing = protocol_differences(_deciding(protocol), _deciding(health.protocol), "health")
+        words = f"{NOT_COMPARABLE} with {base}: {', '.join(differing)}" if differing else None
+        return replace(health, not_comparable=words)
+
+    return {name: health and compared(health) for name, health in found.items()}
+
+
+def _deciding(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    fields = flatten(protocol)
+    return {name: value for name, value in fields.items() if not name.startswith(_DECIDES_NOTHING)}
 
 
 def health_rows(found: Mapping[str, Health | None]) -> list[HealthRow]:
@@ -97,7 +124,12 @@ def health_record(health: Health | None) -> dict[str, Any] | None:
     if health is None:
         return None
     verdicts = {name: {"level": finding.level, "text": finding.text} for name, finding in health.findings.items()}
-    return {"verdicts": verdicts, "not_computed": dict(health.not_computed), "doubt": health.doubt}
+    return {
+        "verdicts": verdicts,
+        "not_computed": dict(health.not_computed),
+        "doubt": health.doubt,
+        "not_comparable": health.not_comparable,
+    }
 
 
 def _findings(record: Mapping[str, Any]) -> dict[str, Finding]:

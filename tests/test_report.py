@@ -223,6 +223,20 @@ def test_health_of_another_autoencoder_is_doubted(two: tuple[Path, Path]) -> Non
     assert health.doubt == "two: the autoencoder has changed since it was diagnosed; run diagnose again"
 
 
+def test_health_that_was_measured_otherwise_is_not_comparable(two: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = tmp_path / "one", two[1]
+    for run, images, spec in ((first, 2000, "here/faces"), (second, 500, "there/faces")):
+        write_health(run, dead_channel="ok")
+        record = json.loads((run / "health.json").read_text())
+        record["protocol"] |= {"num_images": images, "data": {"spec": spec, "fingerprint": "d"}, "sections": [spec]}
+        write(run / "health.json", record)
+    page = parse(report([first, second], tmp_path / "report"))
+    assert "two: not comparable with one: num_images (500 against 2000)" in page.text
+    assert page.text.count("not comparable with") == 1
+    variants = json.loads((tmp_path / "report" / "report.json").read_text())["variants"]
+    assert [bool(variant["health"]["not_comparable"]) for variant in variants] == [False, True]
+
+
 def test_metrics_of_other_weights_are_doubted(two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     autoencoder = Autoencoder(AutoencoderConfig.model_validate(TINY))
     autoencoder.save_pretrained(two[1] / "model")
