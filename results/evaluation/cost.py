@@ -58,6 +58,7 @@ class Peers:
             _clear(cache)
         command = Path(__file__).with_name("fidelity_command.py")
         words = [sys.executable, str(command), "--json", "--silent", "--cpu", "--fid", "--kid", "--prc"]
+        words += ["--feature-extractor", "inception-v3-compat", "--feature-layer-prc", "2048"]
         words += ["--feature-extractor-weights-path", str(self.options.inception)]
         words += ["--kid-subset-size", str(self.options.kid_subset_size)]
         words += ["--input1", str(self.options.samples), "--input2", str(self.options.reference)]

@@ -86,7 +86,8 @@ def read_pairs(out: Path) -> Iterable[Pair]:
             continue
         samples, reference, num = path.stem.split("-")
         content = json.loads(path.read_text())
-        content["protocol"] = {name: value for name, value in content["protocol"].items() if name not in LEFT_OUT}
+        protocol = {name: value for name, value in content["protocol"].items() if name not in LEFT_OUT}
+        content = {"metrics": content["metrics"], "protocol": protocol, "seconds": content["seconds"]}
         figures = {ours: json.loads(theirs.read_text())[name] for name, ours in THEIR_NAMES.items()}
         yield Pair(samples, reference, int(num), content, figures)
 
@@ -115,18 +116,15 @@ def kid_difference(pair: Pair) -> float:
 
 def interval_table(pairs: Sequence[Pair]) -> str:
     """Return what ours says beyond that: intervals, FID for infinitely many samples, density and coverage."""
-    head = ["images", "against", "N", "FID", "95 % interval", "without the bias of few samples", "error"]
+    head = ["images", "against", "N", "FID", "95 % interval", "without the bias of few samples", "95 % interval"]
     head += ["KID x 1000", "95 % interval", "density", "coverage"]
     rows = []
     for pair in pairs:
-        found, how = pair.ours["metrics"], pair.ours["protocol"]
-        fid, kid = found["fid_interval"], [1000 * bound for bound in found["kid_mean_interval"]]
-        line = how.get("fid_extrapolated", {})
-        cells = [pair.label, f"{found['fid']:.2f}", "{:.2f} to {:.2f}".format(*fid)]
-        cells += [optional(found.get("fid_extrapolated"), "{:.2f}"), optional(line.get("error"), "{:.2f}")]
-        cells += [f"{1000 * found['kid_mean']:.2f}", "{:.2f} to {:.2f}".format(*kid)]
-        cells += [f"{found[name]:.3f}" for name in ("density", "coverage")]
-        rows.append(cells)
+        found, cells = pair.ours["metrics"], [pair.label]
+        for name, factor in (("fid", 1), ("fid_extrapolated", 1), ("kid_mean", 1000)):
+            interval = [factor * bound for bound in found.get(f"{name}_interval", [])]
+            cells += [f"{factor * found[name]:.2f}" if name in found else "", spread(interval, "{:.2f}")]
+        rows.append([*cells, *(f"{found[name]:.3f}" for name in ("density", "coverage"))])
     return table(head, rows)
 
 
@@ -171,13 +169,8 @@ def within_rounds(
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Return the least and the greatest value."""
-    return f"{form.format(min(values))} to {form.format(max(values))}"
-
-
-def optional(value: float | None, form: str) -> str:
-    """Return a value that may be missing."""
-    return "" if value is None else form.format(value)
+    """Return the least and the greatest value, where there are any."""
+    return f"{form.format(min(values))} to {form.format(max(values))}" if values else ""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

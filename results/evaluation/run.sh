@@ -27,7 +27,8 @@ compare() { # N, the samples and the reference: by our command, and by torch-fid
     fi
     if [ ! -e "$out/theirs/$name.json" ]; then
         $python "$here/fidelity_command.py" --json --silent --cpu --fid --kid --prc \
-            --feature-extractor-weights-path "$inception" --kid-subset-size "$(kid_subset "$num")" \
+            --feature-extractor inception-v3-compat --feature-extractor-weights-path "$inception" \
+            --feature-layer-prc 2048 --kid-subset-size "$(kid_subset "$num")" \
             --input1 "$folders/$samples" --input1-cache-name "$samples-$num" \
             --input2 "$folders/$reference" --input2-cache-name "$reference-$num" \
             --cache-root "$out/fidelity-cache" >"$out/theirs/$name.part"
