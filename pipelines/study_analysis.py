@@ -15,10 +15,12 @@ from .study_effects import MetricTable, claimed_effects, make_effects, make_inte
 from .study_findings import Analysis, Summary
 from .study_predictors import health_predictors, reconstructions_as_predictors
 from .study_records import CellRecord
-from .study_statistics import detectable_effect
+from .study_statistics import detectable_effect, uneven_spread
 
 SCATTERS = (0.03, 0.05, 0.1)
 """Scatters of KID between seeds, as shares of it, that :func:`power_in_words` speaks of."""
+UNEVEN = 0.05
+"""Probability of noting a variant of uneven spread where all are alike."""
 
 
 def analyse(config: StudyConfig, variants: Sequence[Variant], records: Sequence[CellRecord]) -> Analysis:
@@ -28,7 +30,11 @@ def analyse(config: StudyConfig, variants: Sequence[Variant], records: Sequence[
     effects = make_effects(config, variants, tables)
     predictors, about_health = health_predictors(names, tables, records)
     reconstructions, about_reconstructions = reconstructions_as_predictors(names, tables, records)
-    notes = [*_notes_on_cells(config, names, records), *_notes_on_tables(tables.values())]
+    notes = [
+        *_notes_on_cells(config, names, records),
+        *_notes_on_tables(tables.values()),
+        *(note for table in tables.values() if config.rule.spread == "pooled" for note in _notes_on_spread(table)),
+    ]
     return Analysis(
         variants={name: _summaries(v, tables) for v, name in enumerate(names)},
         effects=tuple(effects.values()),
@@ -53,8 +59,8 @@ def power_in_words(config: StudyConfig, variants: Sequence[Variant]) -> str:
     told = ", ".join(f"{-100 * math.expm1(-effect):.0f} %" for effect in found)
     scatters = ", ".join(f"{100 * scatter:.0f} %" for scatter in SCATTERS)
     return (
-        f"Between two of {len(variants)} variants with {seeds} seeds each, four studies of five find a KID that is lower "
-        f"by {told}, where the KIDs of a variant scatter by {scatters} between seeds, with {count} "
+        f"Between two of {len(variants)} variants with {seeds} seeds each, four studies of five find a KID that is "
+        f"lower by {told}, where the KIDs of a variant scatter by {scatters} between seeds, with {count} "
         f"comparison{'s' * (count > 1)} in all at level {config.rule.level:g} ({config.rule.spread})."
     )
 
@@ -76,8 +82,8 @@ def _notes_on_cells(config: StudyConfig, names: Sequence[str], records: Sequence
     expected = len(names) * len(config.seeds)
     if len(records) < expected:
         notes.append(
-            f"{len(records)} of {expected} cells are there: every figure is provisional, and the rule's error rate holds "
-            "for the study as it was planned, looked at once"
+            f"{len(records)} of {expected} cells are there: every figure is provisional, and the rule's error rate "
+            "holds for the study as it was planned, looked at once"
         )
     failed = [f"{record.variant} at seed {record.seed} ({record.failed})" for record in records if record.failed]
     if failed:
@@ -97,3 +103,13 @@ def _notes_on_tables(tables: Iterable[MetricTable]) -> list[str]:
                 f"latent health: {', '.join(joined)}"
             )
     return notes
+
+
+def _notes_on_spread(table: MetricTable) -> list[str]:
+    """Name the variants whose cells scatter so much more than the others' that the pooled spread is not theirs."""
+    return [
+        f"{table.column.label} of {name} scatters {ratio:.1f} times as much between seeds as that of other variants "
+        f"(p = {p:.2g}): intervals with it are too narrow under the rule's pooled spread, those of others too wide"
+        for name, (ratio, p) in zip(table.names, uneven_spread(table.scaled), strict=True)
+        if p * len(table.names) < UNEVEN
+    ]

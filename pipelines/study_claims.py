@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from .metric_columns import METRICS
 from .study_config import ClaimConfig, ComparisonConfig, StudyConfig
 from .study_effects import Comparison, claimed_effects
-from .study_findings import Bounds, ClaimVerdict, Effect, Part, Verdict
+from .study_findings import Bounds, ClaimVerdict, Contrast, Effect, Part, Verdict
 
 
 def make_claims(config: StudyConfig, effects: Mapping[tuple[Comparison, str], Effect]) -> list[ClaimVerdict]:
@@ -85,7 +85,7 @@ def side(effect: Effect, *, against: bool = False) -> str:
     return f"{effect.factor} {effect.against if against else effect.level}" + (f" ({restricted})" if restricted else "")
 
 
-def figure(effect: Effect, value: float) -> str:
+def figure(effect: Contrast, value: float) -> str:
     """Return a value of an effect as text: ``×0.931`` of a ratio, ``+0.31`` of a difference."""
     if effect.scale == "ratio":
         return f"×{value:.3f}"
@@ -128,11 +128,11 @@ def rule_in_words(config: StudyConfig, num_variants: int) -> str:
         together, each = (100 * (1 - level) for level in (config.rule.level, config.rule.level / count))
         parts.append(
             f"Claims are judged by intervals that hold together with a probability of {together:g} % over the {count} "
-            f"comparison{'s' * (count > 1)} that all claims make (Bonferroni: {each:.4g} % each). “Better” is supported "
-            "where the whole interval is better than no effect and refuted where all of it is worse; “worse” the other "
-            "way round; “no worse” by a margin is supported where the whole interval is better than the margin and "
-            "refuted where all of it is worse; anything else is inconclusive, which does not mean that there is no "
-            "effect. A claim is supported where all of its comparisons are, and refuted where one is."
+            f"comparison{'s' * (count > 1)} that all claims make (Bonferroni: {each:.4g} % each). “Better” is "
+            "supported where the whole interval is better than no effect and refuted where all of it is worse; “worse” "
+            "the other way round; “no worse” by a margin is supported where the whole interval is better than the "
+            "margin and refuted where all of it is worse; anything else is inconclusive, which does not mean that "
+            "there is no effect. A claim is supported where all of its comparisons are, and refuted where one is."
         )
     parts.append("All other intervals are 95 % each, for display. Interactions and rank correlations are exploratory.")
     return " ".join(parts)

@@ -108,7 +108,7 @@ def _corrected(what: str, rows: Sequence[Predictor], notes: list[str]) -> Found:
     smallest = min(1.0, len(rows) * min(smallest_p(row.variants) for row in rows))
     if smallest > 0.05:
         notes.append(
-            f"{what}: with {rows[0].variants} variants and {len(rows)} rank correlations no corrected p-value could have "
-            f"been below {smallest:.2g}, so they can point at something and show nothing"
+            f"{what}: with {rows[0].variants} variants and {len(rows)} rank correlations no corrected p-value could "
+            f"have been below {smallest:.2g}, so they can point at something and show nothing"
         )
     return sorted(done, key=lambda row: (row.p, -abs(row.rho))), notes
