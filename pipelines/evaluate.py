@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +115,7 @@ def evaluate_reconstruction(
         require_same(accelerator, f"--ae {ae}", protocol["autoencoder"]["fingerprint"])
         folder = Path(ae) / "evaluation-reconstruction" if Path(ae).is_dir() else None
         path = result_path(out, folder)
-        if done := by_main(accelerator, lambda: None if overwrite else finished(path, protocol)):
+        if done := by_main(accelerator, lambda: None if overwrite else finished(path, protocol, _hash_of(dinov2))):
             return done
         missing: dict[str, str] = {}
         work.lpips = in_agreement(accelerator, lambda: _lpips(lpips_net, place, missing))
@@ -225,7 +225,7 @@ def evaluate_generation(
         def look() -> tuple[dict[str, Any], Result | None]:
             protocol = {**reference.protocol(), **source.protocol(), **_asked(intervals, dinov2)}
             protocol["num_samples"] = len(source)
-            return protocol, None if overwrite else finished(path, protocol)
+            return protocol, None if overwrite else finished(path, protocol, _hash_of(dinov2))
 
         protocol, done = by_main(accelerator, look)
         if done is not None:
@@ -281,6 +281,10 @@ def _asked(intervals: bool, dinov2: str | None) -> dict[str, Any]:
         "intervals": INTERVALS_PROTOCOL if intervals else None,
         **({} if dinov2 is None else {"dinov2": {"source": dinov2}}),
     }
+
+
+def _hash_of(dinov2: str | None) -> Callable[[], str] | None:
+    return None if dinov2 is None else lambda: Dinov2Features(dinov2).weights_sha256
 
 
 def _lpips(net: LpipsNet, device: torch.device, missing: dict[str, str]) -> PerceptualDistance | None:

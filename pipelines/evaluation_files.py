@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,21 @@ def beside(path: Path, name: str) -> Path:
     return path.with_name(name if path.name == "metrics.json" else f"{path.stem}-{name}")
 
 
-def finished(path: Path | None, protocol: Mapping[str, Any]) -> Result | None:
-    """Return the saved result where it is complete and of the same inputs, protocol and versions."""
+def finished(
+    path: Path | None, protocol: Mapping[str, Any], dinov2_sha256: Callable[[], str] | None = None
+) -> Result | None:
+    """Return the saved result where it is complete and of the same inputs, protocol and versions.
+
+    ``dinov2_sha256`` gives the hash of the DINOv2 that was asked for, which is the user's: the same folder may hold
+    another one by now. The other networks' weights are always the same.
+    """
     done = Result.load(path) if path is not None else None
     if done is None or done.not_computed:
         return None
     found = _known_before(done.protocol)
     if any(found.get(name) != value for name, value in _known_before(protocol).items()):
+        return None
+    if dinov2_sha256 is not None and done.protocol["dinov2"].get("weights_sha256") != dinov2_sha256():
         return None
     print(f"already measured: {path} (--overwrite measures again)", file=sys.stderr)
     return done

@@ -185,6 +185,9 @@ def test_dinov2_has_a_name_of_its_own_and_needs_no_inception(data, samples, monk
     assert "FD-DINOv2" in paper_line(with_both)
     again = evaluate_generation(samples=samples, data=str(data), dinov2="some/folder")
     assert again == with_both, "finished"
+    monkeypatch.setattr(TinyDino, "weights_sha256", "of a third one")
+    again = evaluate_generation(samples=samples, data=str(data), dinov2="some/folder")
+    assert again.protocol["dinov2"]["weights_sha256"] == "of a third one", "in the same folder"
     assert evaluate_reconstruction("half", str(data), dinov2="some/folder").metrics["fd_dinov2"] > 0
     monkeypatch.setattr(evaluate, "InceptionFeatures", _missing)
     alone = evaluate_generation(samples=samples, data=str(data), dinov2="some/folder", overwrite=True)
