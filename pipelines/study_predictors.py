@@ -87,12 +87,11 @@ def _correlate(
         notes += _left_out(what, "the same in all variants", complete.keys() - varied.keys())
         if varied and np.ptp(target[there]) > 0:
             rho, p = rank_correlations(np.stack(list(varied.values())), target[there], key=metric)
-            rows += [Predictor(*row, math.nan, count) for row in _rows(varied, metric, rho, p)]
+            rows += [
+                Predictor(name, metric, float(r), float(q), math.nan, count)
+                for name, r, q in zip(varied, rho, p, strict=True)
+            ]
     return _corrected(what, rows, notes)
-
-
-def _rows(names: Mapping[str, FloatArray], metric: str, rho: FloatArray, p: FloatArray) -> list[tuple]:
-    return [(name, metric, *pair) for name, *pair in zip(names, rho.tolist(), p.tolist(), strict=True)]
 
 
 def _left_out(what: str, why: str, names: set[str]) -> list[str]:
