@@ -107,14 +107,14 @@ def _frame(axes: Axes, plot: Plot) -> None:
     values = np.concatenate([np.asarray(values, dtype=float) for values in plot.series.values()])
     if "x" in plot.log and plot.x is not None and min(plot.x) > 0:
         axes.set_xscale("log")
-        _plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis)
     if "y" in plot.log and (values[np.isfinite(values)] > 0).any():
         axes.set_yscale("log")
         if values[values > 0].max() < 1000 * values[values > 0].min():
-            _plain_ticks(axes.yaxis)
+            plain_ticks(axes.yaxis)
 
 
-def _plain_ticks(axis: Axis) -> None:
+def plain_ticks(axis: Axis) -> None:
     """Mark 1, 2 and 5 of every decade, as plain numbers."""
     from matplotlib.ticker import LogLocator, NullLocator
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .health_plots import plain_ticks
 from .report_figures import Canvas, Figure
 
 if TYPE_CHECKING:
@@ -25,10 +26,12 @@ MARKERS = "os^DvP<X>*"
 BETTER, WORSE, OPEN = COLOURS[0], COLOURS[2], "0.45"
 WIDTH = 4.6
 """Of a plot in inches, as in the health report: a telephone shows it at about this size."""
-ROW, HEADING = 0.36, 0.26
-"""Heights in inches of a row of a forest plot and of the name of a group."""
+LINE, LABEL = 0.26, 30
+"""Of a forest plot: inches from row to row, and characters of a line of a label."""
 LABELS_BELOW = 2
 """Columns of a legend."""
+LOGARITHMIC_FROM = 4
+"""Ratio of the largest value to the smallest from which a logarithmic axis has enough marks to be read."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Row:
     """One effect of a forest plot.
 
     Attributes:
-        label: of what against what.
+        label: of what against what; long ones have several lines, see :func:`label_lines`.
         estimate: the effect.
         interval: its own 95 % interval.
         simultaneous: the one that holds for all claims together, of an effect that decides one.
@@ -69,6 +72,11 @@ class Dots:
     y_interval: Interval
 
 
+def label_lines(text: str) -> str:
+    """Return a label in lines that leave room for the plot."""
+    return textwrap.fill(text, LABEL)
+
+
 def styles(names: Sequence[str]) -> dict[str, Style]:
     """Return a style per variant, by its place."""
     count = len(COLOURS)
@@ -82,30 +90,32 @@ def forest(title: str, groups: Mapping[str, Sequence[Row]], xlabel: str, *, rati
 
     The thick line is the 95 % interval of the effect, the thin one that of all claims together.
     """
-    count = sum(map(len, groups.values()))
-    height = ROW * count + HEADING * len(groups) + 0.95
-    place, texts = 0.0, []
+    labels: list[tuple[float, str, bool]] = []  # place, text, whether it is a group's name
+    texts: list[str] = []
+    place = 0.0
     with Canvas() as canvas:
-        canvas.figure.set_size_inches(WIDTH, height)
         axes = canvas.axes
-        left = axes.get_yaxis_transform()  # of labels: the left edge, at the height of the row
         for group, rows in groups.items():
-            axes.text(0, place, group, transform=left, fontsize=8.5, fontweight="bold", va="center")
-            place += HEADING
+            labels.append((place, group, True))
             for row in rows:
-                _effect(axes, row, place + 0.6 * ROW)
-                axes.text(0, place + 0.12 * ROW, row.label, transform=left, fontsize=7.5, va="center")
-                place += ROW
-                texts.append(f"{group}, {row.label}: {_in_words(row)}")
+                place += LINE * (1 + row.label.count("\n") / 2)
+                _effect(axes, row, place)
+                labels.append((place, row.label, False))
+                texts.append(f"{group}, {' '.join(row.label.split())}: {_in_words(row)}")
+            place += LINE * 1.3
+        canvas.figure.set_size_inches(WIDTH, place + 0.95)
         if ratio:
             axes.set_xscale("log")
             _ratio_ticks(axes, [row for rows in groups.values() for row in rows])
         axes.axvline(1 if ratio else 0, color="0.3", linewidth=0.9, zorder=0)
-        axes.set_ylim(place, -0.6 * HEADING)
-        axes.set_yticks([])
+        axes.set_ylim(place - 0.7 * LINE, -0.7 * LINE)
+        axes.set_yticks([where for where, *_ in labels], [text for _, text, _ in labels], fontsize=7.5)
+        for tick, (*_, bold) in zip(axes.get_yticklabels(), labels, strict=True):
+            tick.set_fontweight("bold" if bold else "normal")
+        axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(alpha=0.25, axis="x", linewidth=0.5)
-        axes.set_xlabel(textwrap.fill(xlabel, 62), fontsize=8)
+        axes.set_xlabel(xlabel, fontsize=8)
         axes.set_title(title, fontsize=10)
         png = canvas.png()
     return Figure(title, f"{title} ({xlabel}). {'; '.join(texts)}.", png)
@@ -203,7 +213,9 @@ def _name_beside(canvas: Canvas, places: Mapping[str, tuple[float, float]]) -> N
 
 def _beside(axes: Axes, name: str, place: tuple[float, float], side: tuple[int, int, str]):  # type: ignore[no-untyped-def]
     x, y, align = side
-    return axes.annotate(name, place, (x, y), textcoords="offset points", ha=align, fontsize=7.5)
+    text = axes.annotate(name, place, (x, y), textcoords="offset points", ha=align, fontsize=7.5)
+    text.set_in_layout(False)  # or the axes would make room for it, and points move
+    return text
 
 
 def _overlap(box: Bbox, other: Bbox) -> float:
@@ -228,7 +240,7 @@ def curves(
         lines: by variant, ``(x, y)`` per seed.
         looks: of the variants.
         labels: of the two axes.
-        log: which axes are logarithmic, where all values there are above 0.
+        log: which axes are logarithmic, where all values there are above 0 and span enough.
         reference: a dashed line that is no variant's, and its name.
     """
     from matplotlib.lines import Line2D
@@ -251,9 +263,11 @@ def curves(
             axes.plot(*zip(*reference[1], strict=True), "k--", linewidth=1)
             handles.append(Line2D([], [], color="k", linestyle="--", label=reference[0]))
         every = [point for seeds in drawn.values() for points in seeds for point in points]
-        for letter, scale, number in (("x", axes.set_xscale, 0), ("y", axes.set_yscale, 1)):
-            if letter in log and all(point[number] > 0 for point in every):
-                scale("log")
+        for letter, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+            values = [point[letter == "y"] for point in every]
+            if letter in log and min(values) > 0 and max(values) > LOGARITHMIC_FROM * min(values):
+                axes.set(**{f"{letter}scale": "log"})
+                plain_ticks(axis)
         axes.set_xlabel(labels[0], fontsize=8)
         axes.set_ylabel(labels[1], fontsize=8)
         axes.grid(alpha=0.25, which="both", linewidth=0.5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,13 @@ from .ablate_tables import signed
 from .comparison import flatten, plain
 from .metric_columns import METRICS
 from .report_tables import duration, short_count
+from .study_claims import figure
 from .study_config import StudyConfig
 from .study_design import Variant
-from .study_findings import Analysis, Bounds, Contrast, Effect, Interaction, Predictor, Summary
+from .study_findings import Analysis, Bounds, Contrast, Effect, Interaction, Part, Predictor, Summary
 from .study_records import CellRecord
 
 NONE = "–"
-AT_THIS_SCALE = "at this scale"
 EXPECTED = {"better": "better", "worse": "worse", "no_worse": "no worse"}
 
 
@@ -31,15 +30,24 @@ class Table:
 
 
 @dataclass(frozen=True)
+class PartRow:
+    """One comparison of a claim: of what, what was expected, what came out, and its own verdict."""
+
+    what: str
+    expected: str
+    effect: str
+    verdict: str
+
+
+@dataclass(frozen=True)
 class ClaimRow:
-    """A claim, the verdict, and per comparison what was expected, what came out and of how much."""
+    """A claim, the verdict on it and why, its comparisons, and what they rest on."""
 
     name: str
     statement: str
     verdict: str
     reason: str
-    comparisons: Sequence[str]
-    effects: Sequence[str]
+    parts: Sequence[PartRow]
     seeds: str
     images: str
 
@@ -63,30 +71,29 @@ class EffectCell:
 
 def claim_rows(config: StudyConfig, analysis: Analysis, records: Sequence[CellRecord]) -> list[ClaimRow]:
     """Return a row per claim, in the order of the configuration."""
-    rows = []
-    for claim in analysis.claims:
-        several = len(claim.parts) > 1
-        comparisons, effects = [], []
-        for part in claim.parts:
-            margin = f" than by {margin_text(part.effect, part.margin)}" if part.margin else ""
-            outcome = f": {part.verdict}" if several else ""
-            label = METRICS[part.effect.metric].label
-            what = f"{label}, {effect_label(part.effect)}"
-            comparisons.append(f"{what}; expected {EXPECTED[part.expect]}{margin}{outcome}")
-            effects.append(effect_text(part.effect, part.effect.simultaneous))
-        rows.append(
-            ClaimRow(
-                claim.name,
-                claim.statement,
-                claim.verdict,
-                claim.reason,
-                comparisons,
-                effects,
-                _each_once(", ".join(map(str, part.effect.seeds)) or "none" for part in claim.parts),
-                _each_once(images_of(config, records, part.effect.metric) for part in claim.parts),
-            )
+    return [
+        ClaimRow(
+            claim.name,
+            claim.statement,
+            claim.verdict,
+            claim.reason,
+            [_part_row(part) for part in claim.parts],
+            _each_once(", ".join(map(str, part.effect.seeds)) or "none" for part in claim.parts),
+            _each_once(images_of(config, records, part.effect.metric) for part in claim.parts),
         )
-    return rows
+        for claim in analysis.claims
+    ]
+
+
+def _part_row(part: Part) -> PartRow:
+    effect = part.effect
+    margin = f" than by {100 * part.margin:g} %" if effect.scale == "ratio" else f" than by {part.margin:g}"
+    return PartRow(
+        f"{METRICS[effect.metric].label}, {effect_label(effect)}",
+        EXPECTED[part.expect] + margin * (part.margin > 0),
+        effect_text(effect, effect.simultaneous),
+        part.verdict,
+    )
 
 
 def effect_label(effect: Effect) -> str:
@@ -99,29 +106,18 @@ def effect_label(effect: Effect) -> str:
 
 
 def effect_text(contrast: Contrast, bounds: Bounds | None) -> str:
-    """Return an effect on its scale, ``×0.91 [0.80, 1.03]`` or ``+0.52 [+0.10, +0.94]``; else why there is none."""
+    """Return an effect as ``×0.912 [0.801, 1.034]`` or ``+0.52 [+0.10, +0.94]``; else why there is none."""
     if contrast.estimate is None:
         return contrast.reason or NONE
     interval = f" {interval_text(contrast, bounds)}" if bounds else f" ({contrast.reason})" if contrast.reason else ""
-    return _on_scale(contrast, contrast.estimate) + interval
+    return figure(contrast, contrast.estimate) + interval
 
 
 def interval_text(contrast: Contrast, bounds: Bounds | None) -> str:
     """Return the bounds of an effect in brackets; empty where there are none."""
     if bounds is None:
         return ""
-    digits = METRICS[contrast.metric].digits
-    texts = [f"{bound:.3g}" if contrast.scale == "ratio" else signed(bound, digits) for bound in bounds]
-    return f"[{', '.join(texts)}]"
-
-
-def _on_scale(contrast: Contrast, value: float) -> str:
-    return f"×{value:.3g}" if contrast.scale == "ratio" else signed(value, METRICS[contrast.metric].digits)
-
-
-def margin_text(effect: Effect, margin: float) -> str:
-    """Return a margin in the unit of its metric."""
-    return f"{100 * margin:g} %" if effect.scale == "ratio" else f"{margin:g}"
+    return f"[{', '.join(figure(contrast, bound).removeprefix('×') for bound in bounds)}]"
 
 
 def is_better(contrast: Contrast, bounds: Bounds | None) -> bool | None:
@@ -214,7 +210,7 @@ def _effect_cell(contrast: Contrast | None) -> EffectCell:
     if contrast is None or contrast.estimate is None:
         return EffectCell(NONE, contrast.reason or "" if contrast else "")
     interval = interval_text(contrast, contrast.interval) or contrast.reason or ""
-    return EffectCell(_on_scale(contrast, contrast.estimate), interval, is_better(contrast, contrast.interval))
+    return EffectCell(figure(contrast, contrast.estimate), interval, is_better(contrast, contrast.interval))
 
 
 def interaction_rows(interactions: Sequence[Interaction], metrics: Sequence[str]) -> list[tuple[str, list[EffectCell]]]:
@@ -248,13 +244,13 @@ def p_text(p: float) -> str:
 
 
 def level_table(config: StudyConfig, variants: Sequence[Variant]) -> Table:
-    """Return the level of every factor that each variant has; the first, which is the base, in brackets."""
+    """Return what each variant changes: its levels, a dot where a factor is at its base level, which the head names."""
     base = {factor: next(iter(levels)) for factor, levels in config.factors.items()}
     rows = [
-        [variant.name, *(f"({level})" if level == base[f] else level for f, level in variant.levels.items())]
+        [variant.name, *("·" if level == base[factor] else level for factor, level in variant.levels.items())]
         for variant in variants
     ]
-    return Table(("variant", *config.factors), rows, text_columns=1 + len(config.factors))
+    return Table(("variant", *(f"{factor} (base: {level})" for factor, level in base.items())), rows, 1 + len(base))
 
 
 def recipe_tables(variants: Sequence[Variant]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, list[str]]]]:
@@ -272,7 +268,12 @@ def _is_seed(name: str) -> bool:
     return name.rpartition(".")[2] == "seed"
 
 
-SECONDS = {"autoencoder_seconds": "stage one", "diffusion_seconds": "stage two", "evaluation_seconds": "evaluation"}
+SECONDS = {
+    "autoencoder_seconds": "stage one",
+    "diffusion_seconds": "stage two",
+    "evaluation_seconds": "evaluation",
+    "health_seconds": "latent health",
+}
 
 
 def cost_table(records: Sequence[CellRecord]) -> Table:
@@ -290,56 +291,32 @@ def cost_table(records: Sequence[CellRecord]) -> Table:
     return Table(head, rows)
 
 
-def total_seconds(records: Sequence[CellRecord]) -> dict[str, float]:
-    """Return the wall time of each part of the study; an autoencoder that cells share counts once."""
-    total = dict.fromkeys(SECONDS, 0.0)
-    seen = set()
-    for record in records:
-        autoencoder = record.folders.get("autoencoder", f"{record.variant}, seed {record.seed}")
-        for key in SECONDS:
-            if key != "autoencoder_seconds" or autoencoder not in seen:
-                total[key] += record.cost.get(key, 0.0)
-        seen.add(autoencoder)
-    return total
-
-
-def cost_lines(records: Sequence[CellRecord]) -> list[str]:
-    """Say what the study took, in all and by stage, and a cell of it."""
-    if not any(record.cost for record in records):
-        return []
-    total = total_seconds(records)
-    parts = ", ".join(f"{SECONDS[key]} {duration(seconds)}" for key, seconds in total.items())
-    whole = [sum(record.cost.get(key, 0.0) for key in SECONDS) for record in records if record.cost]
-    autoencoders = {record.folders.get("autoencoder", f"{record.variant}, {record.seed}") for record in records}
-    return [
-        f"{duration(sum(total.values()))} of wall time in all: {parts}.",
-        f"{len(records)} cells with {len(autoencoders)} autoencoders; a cell took {duration(statistics.median(whole))} "
-        "with its autoencoder (the median).",
-    ]
-
-
-def missing_lines(
-    config: StudyConfig, variants: Sequence[Variant], analysis: Analysis, records: Sequence[CellRecord]
-) -> list[str]:
-    """Say what was left out or failed, and why."""
-    there = {(record.variant, record.seed) for record in records}
-    absent = [f"{v.name}, seed {seed}" for v in variants for seed in config.seeds if (v.name, seed) not in there]
-    lines = [f"{record.variant}, seed {record.seed}: {record.failed}." for record in records if record.failed]
-    if absent:
-        lines.append(f"Not finished when this was written, and left out: {'; '.join(absent)}.")
-    metrics = [name for name in METRICS if any(name in record.metrics for record in records)]
-    for metric in metrics:
-        lacking = [f"{r.variant}, seed {r.seed}" for r in records if not r.failed and metric not in r.metrics]
-        if lacking:
-            lines.append(f"{METRICS[metric].label} was not computed of {'; '.join(lacking)}.")
-    return [*lines, *analysis.notes]
-
-
 def _each_once(texts: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(texts))
 
 
-def setting_rows(setting: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what the runner recorded of where and on what it ran, without the command lines."""
-    flat = flatten({key: value for key, value in setting.items() if not key.startswith("command")})
-    return [(name, plain(value)) for name, value in flat.items()]
+def network_table(variants: Sequence[Variant], networks: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return what the runner recorded of every variant's networks: the capacities that a comparison rests on."""
+    columns = {
+        "latent_shape": "latents",
+        "noise_shift": "noise shift",
+        "autoencoder_parameters": "autoencoder",
+        "denoiser_parameters": "denoiser",
+        "denoiser_parameters_inside": "denoiser without its ends",
+        "encode_flops": "encode, GFLOP",
+        "decode_flops": "decode, GFLOP",
+        "denoise_flops": "denoise, GFLOP",
+    }
+    shown = [key for key in columns if any(key in networks.get(variant.name, {}) for variant in variants)]
+    rows = [[v.name, *(_of_network(key, networks.get(v.name, {}).get(key)) for key in shown)] for v in variants]
+    return Table(("variant", *(columns[key] for key in shown)), rows if shown else [])
+
+
+def _of_network(key: str, value: Any) -> str:
+    if value is None:
+        return NONE
+    if isinstance(value, Sequence):
+        return " × ".join(map(str, value))
+    if key.endswith("_parameters") or key == "denoiser_parameters_inside":
+        return short_count(value)
+    return f"{value / 1e9:.2f}" if key.endswith("_flops") else f"{value:.3g}"

@@ -1,0 +1,93 @@
+"""The summary of a study in Markdown, fit for a README: question, verdicts, variants, effects, how to run it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .ablate_tables import grid
+from .metric_columns import METRICS
+from .study_config import StudyConfig
+from .study_design import Variant
+from .study_findings import Analysis
+from .study_records import CellRecord
+from .study_tables import EffectCell, Table, claim_rows, effect_rows, level_table, shown_metrics, summary_text
+from .study_text import AT_THIS_SCALE, command_line, cost_lines, missing_lines, protocol_lines, verdict_line
+
+VALUES = ("kid_mean", "fid", "rfid", "psnr", "lpips")
+EFFECTS = ("kid_mean", "fid", "rfid")
+"""Metrics of the summary's tables; the page has them all."""
+
+
+def markdown(
+    config: StudyConfig,
+    variants: Sequence[Variant],
+    records: Sequence[CellRecord],
+    analysis: Analysis,
+    setting: Mapping[str, Any],
+) -> str:
+    """Return the summary."""
+    there = shown_metrics(analysis)
+    parts = [
+        f"# {config.title}",
+        config.question,
+        verdict_line(config, variants, analysis, records),
+        verdict_table(config, analysis, records),
+        "## Variants",
+        "Mean ± standard deviation over seeds.",
+        value_table(variants, analysis, [name for name in VALUES if name in there]),
+        "What each variant changes:",
+        _plain_grid(level_table(config, variants)),
+        "## Effects",
+        "Ratios, with 95 % intervals that are not corrected for their number; ×0.9 of KID, FID or rFID is 10 % lower, "
+        "which is better. In bold: intervals that leave out no effect.",
+        effect_table(analysis, [name for name in EFFECTS if name in there]),
+        "## Protocol",
+        _listed(protocol_lines(config, variants, setting)),
+        analysis.rule,
+        _listed([*cost_lines(records), *missing_lines(config, variants, analysis, records)]),
+        "## Run it again",
+        f"```bash\n{command_line(config, setting)}\n```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def verdict_table(config: StudyConfig, analysis: Analysis, records: Sequence[CellRecord]) -> str:
+    """Return a row per claim: the verdict, the effects with the intervals that decided it, seeds and images."""
+    if not analysis.claims:
+        return ""
+    rows = [["claim", f"verdict {AT_THIS_SCALE}", "effect [simultaneous interval]", "seeds", "images per cell"]]
+    for claim in claim_rows(config, analysis, records):
+        told = "; ".join(f"{part.what}: {part.effect}" for part in claim.parts)
+        rows.append([claim.statement, f"**{claim.verdict}**", told, claim.seeds, claim.images])
+    return grid(rows)
+
+
+def value_table(variants: Sequence[Variant], analysis: Analysis, metrics: Sequence[str]) -> str:
+    """Return a row per variant with mean and deviation of every metric."""
+    rows = [["variant", *(METRICS[name].heading for name in metrics)]]
+    for variant in variants:
+        found = analysis.variants.get(variant.name, {})
+        rows.append([variant.name, *(summary_text(name, found.get(name)) for name in metrics)])
+    return grid(rows)
+
+
+def effect_table(analysis: Analysis, metrics: Sequence[str]) -> str:
+    """Return a row per level that is held against another."""
+    rows = [["factor", "levels", *(METRICS[name].label for name in metrics)]]
+    for factor, effects in effect_rows(analysis.effects, metrics).items():
+        rows += [[factor, label, *map(_effect, cells)] for label, cells in effects]
+    return grid(rows)
+
+
+def _effect(cell: EffectCell) -> str:
+    text = f"{cell.text} {cell.interval}".strip()
+    return text if cell.better is None else f"**{text}**"
+
+
+def _plain_grid(table: Table) -> str:
+    return grid([table.head, *table.rows])
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,251 @@
+"""The report of a study: one HTML page that needs nothing but itself, and a summary in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..common.files import write_atomically
+from .metric_columns import METRICS
+from .pages import render
+from .report_figures import Figure
+from .report_latents import distinct_latents, latents_of
+from .report_paths import shorten
+from .report_pictures import WIDEST, Picture, data_uri
+from .report_reconstructions import reconstruction_strips, worst_strips
+from .report_runs import Variant as RunVariant
+from .report_samples import sample_sheets
+from .study_config import StudyConfig
+from .study_design import Variant
+from .study_findings import Analysis
+from .study_markdown import markdown
+from .study_pictures import (
+    SHOWN,
+    CellRuns,
+    health_sections,
+    read_cells,
+    shown_variants,
+    spectra,
+    stage_one_curves,
+    stage_two_curves,
+    with_samples,
+)
+from .study_plots import Dots, Row, Style, forest, label_lines, scatter, styles
+from .study_records import CellRecord
+from .study_tables import (
+    Table,
+    claim_rows,
+    cost_table,
+    effect_label,
+    effect_rows,
+    interaction_rows,
+    is_better,
+    level_table,
+    metric_cells,
+    network_table,
+    predictor_table,
+    recipe_tables,
+    shown_metrics,
+)
+from .study_text import (
+    AT_THIS_SCALE,
+    command_line,
+    cost_lines,
+    is_gone,
+    missing_lines,
+    protocol_lines,
+    setting_rows,
+    verdict_line,
+)
+
+PAGE, SUMMARY = "report.html", "summary.md"
+SECTIONS = {2: "Samples", 1: "Reconstructions"}
+SUREST = 12
+"""Rank correlations that are shown at once; the others can be unfolded."""
+
+
+def write_report(
+    folder: Path,
+    config: StudyConfig,
+    variants: Sequence[Variant],
+    records: Sequence[CellRecord],
+    analysis: Analysis,
+    setting: Mapping[str, Any],
+    *,
+    photographs: bool = True,
+    device: str = "auto",
+) -> None:
+    """Write ``folder/report.html`` and ``folder/summary.md``. Of absolute paths they show the last folders only.
+
+    What the cells' folders no longer hold is said to be missing. Where a cell has no samples on disk, a few are drawn
+    into its folder.
+
+    Args:
+        folder: the study's folder.
+        config: the study.
+        variants: its variants, the reference first.
+        records: the cells that there are.
+        analysis: what they say.
+        setting: what the runner recorded of the data, the machine and the command line.
+        photographs: whether to show reconstructions, beside which stand the images themselves; a page that is to be
+            published may have to leave them out.
+        device: where to draw samples, where there are none.
+    """
+    cells = read_cells(folder, records)
+    looks = styles([variant.name for variant in variants])
+    seed, shown = shown_variants(cells)
+    known = _known_paths(folder, config, cells)
+    page = render(
+        "study.html.j2",
+        config=config,
+        at_this_scale=AT_THIS_SCALE,
+        lead=verdict_line(config, variants, analysis, records),
+        claims=claim_rows(config, analysis, records),
+        protocol=protocol_lines(config, variants, setting),
+        levels=level_table(config, variants),
+        networks=network_table(variants, setting.get("networks", {})),
+        recipe=recipe_tables(variants),
+        names=[variant.name for variant in variants],
+        rule=analysis.rule,
+        metrics=_metric_tables(variants, analysis, records),
+        health=_health_table(variants, cells),
+        costs=cost_table(records),
+        cost_lines=cost_lines(records),
+        effect_metrics=[METRICS[name] for name in shown_metrics(analysis)],
+        effects=effect_rows(analysis.effects, shown_metrics(analysis)),
+        forests=_with_uris(_forests(analysis)),
+        interactions=interaction_rows(analysis.interactions, shown_metrics(analysis)),
+        predictors=_in_two(predictor_table(analysis.predictors)),
+        rfid=predictor_table(analysis.rfid_against_gfid),
+        scatters=_with_uris(_scatters(analysis, looks)),
+        curves=[
+            ("Stage one: autoencoders", _with_uris(stage_one_curves(cells, looks))),
+            ("Stage two: denoisers", _with_uris(stage_two_curves(cells, looks))),
+        ],
+        spectra=_with_uris([figure] if (figure := spectra(cells, looks)) else []),
+        latents=_latents(shown),
+        shown_seed=seed,
+        samples=_samples(shown, seed, config, device),
+        photographs=photographs,
+        reconstructions=_reconstructions(folder, config, shown) if photographs else [],
+        worst=worst_strips(shown) if photographs else [],
+        missing=missing_lines(config, variants, analysis, records),
+        command=command_line(config, setting),
+        setting=setting_rows(setting),
+    )
+    write_atomically(folder / PAGE, shorten(page, known))
+    write_atomically(folder / SUMMARY, shorten(markdown(config, variants, records, analysis, setting), known))
+
+
+def _metric_tables(
+    variants: Sequence[Variant], analysis: Analysis, records: Sequence[CellRecord]
+) -> list[tuple[str, list[Any], dict[str, Any]]]:
+    tables = []
+    for stage, heading in SECTIONS.items():
+        metrics = shown_metrics(analysis, stage)
+        if metrics:
+            found = metric_cells(variants, analysis, records, metrics)
+            tables.append((heading, [METRICS[name] for name in metrics], found))
+    return tables
+
+
+def _health_table(variants: Sequence[Variant], cells: Sequence[CellRuns]) -> Table:
+    """Return which findings of the health report are not in order, and at how many seeds, for every variant."""
+    findings = dict.fromkeys(name for cell in cells for name in cell.record.verdicts)
+    rows = []
+    for finding in findings:
+        row = [finding.replace("_", " ")]
+        for variant in variants:
+            mine = [cell for cell in cells if cell.record.variant == variant.name and cell.record.failed is None]
+            found = [cell for cell in mine if finding in cell.record.verdicts]
+            row.append(f"{_worst(finding, found)} {len(found)} of {len(mine)}".strip() if found else "–")
+        rows.append(row)
+    return Table(["finding", *(variant.name for variant in variants)], rows, 1 + len(variants))
+
+
+def _worst(finding: str, cells: Sequence[CellRuns]) -> str:
+    """Return the worst level of a finding, as far as the health reports are still there."""
+    section, _, name = finding.partition(": ")
+    reports = [health_sections(cell.first.path) for cell in cells if cell.first is not None]
+    verdicts = [verdict for report in reports for verdict in report.get(section, {}).get("verdicts", [])]
+    levels = {verdict["level"] for verdict in verdicts if verdict["name"] == name}
+    return next((level for level in ("fault", "note") if level in levels), "")
+
+
+def _forests(analysis: Analysis) -> list[Figure]:
+    """Return a plot of the effects on every metric that is compared by ratios."""
+    figures = []
+    for metric in shown_metrics(analysis):
+        column = METRICS[metric]
+        groups: dict[str, list[Row]] = {}
+        for effect in analysis.effects:
+            if column.scale == "ratio" and effect.metric == metric and effect.estimate is not None:
+                label = label_lines(effect_label(effect).removeprefix(f"{effect.factor} "))
+                better = is_better(effect, effect.simultaneous or effect.interval)
+                row = Row(label, effect.estimate, effect.interval, effect.simultaneous, better)
+                groups.setdefault(effect.factor, []).append(row)
+        if groups:
+            side = "above" if column.higher_is_better else "below"
+            title, axis = f"Effects on {column.label}", f"ratio of {column.label}; {side} 1 is better"
+            figures.append(forest(title, groups, axis, ratio=True))
+    return figures
+
+
+def _scatters(analysis: Analysis, looks: Mapping[str, Style]) -> list[Figure]:
+    """Return rFID against KID and FID; error bars are a standard deviation over seeds to either side."""
+    figures = []
+    for metric in ("kid_mean", "fid"):
+        dots = {}
+        for name, summaries in analysis.variants.items():
+            if "rfid" in summaries and metric in summaries:
+                x, y = summaries["rfid"], summaries[metric]
+                by_seed = dict(zip(x.seeds, x.values, strict=True)), dict(zip(y.seeds, y.values, strict=True))
+                points = [(by_seed[0][seed], by_seed[1][seed]) for seed in x.seeds if seed in by_seed[1]]
+                if points:
+                    bars = [(each.mean - (each.std or 0), each.mean + (each.std or 0)) for each in (x, y)]
+                    dots[name] = Dots(points, (x.mean, y.mean), bars[0], bars[1])
+        if dots:
+            label = METRICS[metric].label
+            labels = ("rFID of the reconstructions (lower is better)", f"{label} of the samples (lower is better)")
+            figures.append(scatter(f"rFID against {label}", dots, labels, looks))
+    return figures
+
+
+def _latents(shown: Sequence[RunVariant]) -> list[tuple[str, str | None, str, str]]:
+    """Return, of every cache and whitening once: the variants, a picture of histograms, its text, and a note."""
+    found = distinct_latents(shown, {variant.name: latents_of(variant) for variant in shown})
+    return [
+        (name, item.figure and data_uri(item.figure.png), item.figure.alt if item.figure else "", item.note)
+        for name, item in found.items()
+    ]
+
+
+def _samples(shown: Sequence[RunVariant], seed: int | None, config: StudyConfig, device: str) -> list[Picture]:
+    if seed is None:
+        return []
+    drawn = with_samples(shown, seed, config.evaluation, device)
+    return sample_sheets(drawn, count=SHOWN, columns=SHOWN, widest=WIDEST)[0]
+
+
+def _reconstructions(folder: Path, config: StudyConfig, shown: Sequence[RunVariant]) -> list[Picture]:
+    """Reconstruct a few images that were evaluated; where they are not there any more, show the last training grids."""
+    prepared = folder / "data" / "validation"
+    data = str(prepared) if prepared.is_dir() else config.data.validation
+    return reconstruction_strips(shown, None if data is None or is_gone(data) else data)
+
+
+def _in_two(table: Table) -> tuple[Table, Table]:
+    """Return the first rows of a table and the others."""
+    return tuple(Table(table.head, rows, table.text_columns) for rows in (table.rows[:SUREST], table.rows[SUREST:]))  # type: ignore[return-value]
+
+
+def _with_uris(figures: Sequence[Figure]) -> list[tuple[Figure, str]]:
+    return [(figure, data_uri(figure.png)) for figure in figures]
+
+
+def _known_paths(folder: Path, config: StudyConfig, cells: Sequence[CellRuns]) -> list[Path]:
+    """Return the paths that the report may speak of."""
+    data = [Path(spec) for spec in (config.data.train, config.data.validation) if spec]
+    runs = [run.path for cell in cells for run in (cell.first, cell.second) if run is not None]
+    return [folder.resolve(), *data, *runs]

@@ -1,0 +1,161 @@
+"""What a study's page and its Markdown summary say in sentences: protocol, cost, what is missing, how to rerun."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from .comparison import flatten, plain
+from .metric_columns import METRICS
+from .report_tables import duration
+from .study_config import StudyConfig
+from .study_design import Variant
+from .study_effects import claimed_effects
+from .study_findings import Analysis
+from .study_records import CellRecord
+from .study_tables import SECONDS
+
+AT_THIS_SCALE = "at this scale"
+VERDICTS = ("supported", "refuted", "inconclusive")
+
+
+def verdict_line(
+    config: StudyConfig, variants: Sequence[Variant], analysis: Analysis, records: Sequence[CellRecord]
+) -> str:
+    """Say how many claims came out how, and what that rests on."""
+    counts = {verdict: sum(claim.verdict == verdict for claim in analysis.claims) for verdict in VERDICTS}
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    finished = sum(record.failed is None for record in records)
+    return (
+        (f"Of {len(analysis.claims)} claims {told} {AT_THIS_SCALE}" if told else "No claim was made")
+        + f": {len(variants)} variants, {len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}, "
+        f"{finished} of {len(variants) * len(config.seeds)} cells, {config.evaluation.num_samples:,} samples of each."
+    )
+
+
+def protocol_lines(config: StudyConfig, variants: Sequence[Variant], setting: Mapping[str, Any]) -> list[str]:
+    """Say what is the same in all cells."""
+    evaluation, first = config.evaluation, variants[0].recipe
+    stages = [
+        f"{train.steps:,} steps, {train.images_at(train.steps):,} images"
+        for train in (first.autoencoder.train, first.diffusion.train)
+    ]
+    reconstructed = "all" if evaluation.num_reconstructions is None else f"{evaluation.num_reconstructions:,}"
+    seeds = ", ".join(map(str, config.seeds))
+    comparisons = len(claimed_effects(config))
+    return [
+        _data_line(config, setting),
+        f"Stage one: {stages[0]} in every cell. Stage two: {stages[1]}, on latents that are cached once"
+        f"{', with those of the mirror images' if config.flips else ''}; the same network but for its first and last "
+        "convolution, where the number of channels differs.",
+        f"Seeds {seeds}: a seed decides initial weights, order of the images, flips and noise of both stages, and the "
+        "noise of the samples. At a seed, variants see the same images in the same order, and begin from the same "
+        "weights and the same noise wherever these have the same shape.",
+        f"Each cell is measured in float32: {evaluation.num_samples:,} samples ({evaluation.sampler}, "
+        f"{evaluation.steps} steps, {evaluation.grid} grid, averaged weights) against all training images, and "
+        f"{reconstructed} images reconstructed (LPIPS with {evaluation.lpips_net}). KID, which has no bias at few "
+        "samples, decides; FID stands beside it and is comparable within this study only.",
+        f"The claims make {comparisons} comparison{'s' * (comparisons != 1)}, fixed with the rule before the run, and "
+        f"corrected for that number: the intervals that decide them hold together at level {config.rule.level:g}.",
+    ]
+
+
+def _data_line(config: StudyConfig, setting: Mapping[str, Any]) -> str:
+    data = setting.get("data", {})
+
+    def told(name: str, spec: str | None) -> str:
+        count = data.get(name, {}).get("count")
+        return data_name(spec) + (f" ({count:,} images)" if count else "")
+
+    size = config.data.size or data.get("train", {}).get("size")
+    at = f" at {size} px" if size else ""
+    same = data.get("validation_is_train", config.data.validation is None)
+    measured = "the same images" if same else told("validation", config.data.validation)
+    return f"Trained on {told('train', config.data.train)}{at}; reconstructed and diagnosed on {measured}."
+
+
+def data_name(spec: str | None) -> str:
+    """Return what a data set is called; of a folder the name alone, as where it lies is nobody's business."""
+    if spec is None:
+        return "the images that were given"
+    return PurePath(spec).name if _is_folder(spec) else spec
+
+
+def is_gone(spec: str) -> bool:
+    """Return whether a data set is a folder that is not there any more."""
+    return _is_folder(spec) and not Path(spec).is_dir()
+
+
+def _is_folder(spec: str) -> bool:
+    return not spec.startswith(("synthetic", "hf:"))
+
+
+def total_seconds(records: Sequence[CellRecord]) -> dict[str, float]:
+    """Return the wall time of each part of the study; an autoencoder that cells share counts once."""
+    total = dict.fromkeys(SECONDS, 0.0)
+    seen = set()
+    for record in records:
+        autoencoder = record.folders.get("autoencoder", f"{record.variant}, seed {record.seed}")
+        for key in SECONDS:
+            if key != "autoencoder_seconds" or autoencoder not in seen:
+                total[key] += record.cost.get(key, 0.0)
+        seen.add(autoencoder)
+    return total
+
+
+def cost_lines(records: Sequence[CellRecord]) -> list[str]:
+    """Say what the study took, in all and by stage, and a cell of it."""
+    if not any(record.cost for record in records):
+        return []
+    total = total_seconds(records)
+    parts = ", ".join(f"{SECONDS[key]} {duration(seconds)}" for key, seconds in total.items() if seconds)
+    whole = [sum(record.cost.get(key, 0.0) for key in SECONDS) for record in records if record.cost]
+    autoencoders = {record.folders.get("autoencoder", f"{record.variant}, {record.seed}") for record in records}
+    return [
+        f"{duration(sum(total.values()))} of wall time in all: {parts}.",
+        f"{len(records)} cells with {len(autoencoders)} autoencoders; a cell took {duration(statistics.median(whole))} "
+        "with its autoencoder (the median).",
+    ]
+
+
+def missing_lines(
+    config: StudyConfig, variants: Sequence[Variant], analysis: Analysis, records: Sequence[CellRecord]
+) -> list[str]:
+    """Say what was left out or failed, and why."""
+    there = {(record.variant, record.seed) for record in records}
+    absent = [f"{v.name}, seed {seed}" for v in variants for seed in config.seeds if (v.name, seed) not in there]
+    lines = [_sentence(note) for note in analysis.notes]
+    if absent:
+        lines.append(f"Not finished when this was written: {'; '.join(absent)}.")
+    for metric, column in METRICS.items():
+        lacking = [f"{r.variant}, seed {r.seed}" for r in records if not r.failed and metric not in r.metrics]
+        if 0 < len(lacking) < len(records):
+            lines.append(f"{column.label} was not computed of {'; '.join(lacking)}.")
+    return lines
+
+
+def _sentence(note: str) -> str:
+    return f"{note[0].upper()}{note[1:].removesuffix('.')}."
+
+
+def setting_rows(setting: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what the runner recorded of the data, the measurements and the machines."""
+    machines = {f"machine {n}": each for n, each in enumerate(setting.get("environments", []), 1)}
+    rest = {name: value for name, value in setting.items() if name not in {"environments", "networks", "unfinished"}}
+    return [(name, plain(value)) for name, value in flatten({**rest, **machines}).items()]
+
+
+def command_line(config: StudyConfig, setting: Mapping[str, Any]) -> str:
+    """Return the command that makes the study again from the configuration that lies beside its results.
+
+    Where images are is the reader's business: they stand as ``TRAIN`` and ``VALIDATION``.
+    """
+    words = ["wavelatent study config.yaml"]
+    for option, spec in (("--data TRAIN", config.data.train), ("--eval-data VALIDATION", config.data.validation)):
+        if spec is None or _is_folder(spec):
+            words.append(option)
+    if setting.get("mixed_precision", "no") != "no":
+        words.append(f"--mixed-precision {setting['mixed_precision']}")
+    return " ".join([*words, "--out OUT"])
