@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .errors import WavelatentError
-from .files import write_atomically
 from .torchvision_import import ensure_torchvision
 
 KID_SUBSETS = 100
@@ -46,12 +43,6 @@ class FeatureStatistics:
         self.total += features.sum(dim=0)
         self.outer += features.T @ features
 
-    def merge(self, other: FeatureStatistics) -> None:
-        """Add everything that ``other`` has seen."""
-        self.count += other.count
-        self.total += other.total
-        self.outer += other.outer
-
     @property
     def mean(self) -> Tensor:
         """The mean ``[dim]``."""
@@ -63,32 +54,6 @@ class FeatureStatistics:
         if self.count < 2:
             raise WavelatentError(f"a covariance needs at least 2 images, got {self.count}: ask for more images")
         return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
-
-    def save(self, path: Path, fingerprint: Mapping[str, str]) -> None:
-        """Write the sums and ``fingerprint`` (what they are of) as safetensors, whole or not at all."""
-        from safetensors.torch import save
-
-        tensors = {"count": torch.tensor(self.count), "total": self.total, "outer": self.outer}
-        write_atomically(path, save(tensors, metadata=dict(fingerprint)))
-
-    @classmethod
-    def load(cls, path: Path, fingerprint: Mapping[str, str]) -> FeatureStatistics:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            WavelatentError: the file is of something else than ``fingerprint`` says; the differing key is named.
-        """
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            wrong = [key for key, value in fingerprint.items() if metadata.get(key) != value]
-            if wrong:
-                raise WavelatentError(f"{path} holds statistics of another {', '.join(wrong)}: remove it to recompute")
-            statistics = cls(file.get_slice("total").get_shape()[0])
-            statistics.count = int(file.get_tensor("count"))
-            statistics.total, statistics.outer = file.get_tensor("total"), file.get_tensor("outer")
-        return statistics
 
 
 class FrechetReference:

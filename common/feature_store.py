@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import mmap
-import os
 import tempfile
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import IO
 
@@ -25,22 +23,20 @@ class FeatureStore:
     """Rows of features, each with its image's index: repeated ones are dropped, and the order is that of the index.
 
     The batches that several processes padded, or that a resumed extraction repeats, may be appended as they come, in
-    any order. Memory holds the statistics and about a hundred bytes an image; the rows are in a file.
+    any order. Memory holds the statistics and about a hundred bytes an image; the rows are in a file without a name in
+    the system's folder for such (``TMPDIR``), gone with the store and after any crash.
 
     Args:
         dim: the number of features.
-        path: the file, which is started afresh and stays: raw little-endian float32, ``dim`` a row. None is a file
-            without a name in the system's folder for such (``TMPDIR``), gone with the store and after any crash.
 
     Attributes:
         statistics: count, mean and covariance of the rows, gathered in the order in which they came.
     """
 
-    def __init__(self, dim: int, path: Path | None = None) -> None:
+    def __init__(self, dim: int) -> None:
         self.dim = dim
         self.statistics = FeatureStatistics(dim)
-        self._path = path
-        self._file = _open(path)
+        self._file = _open()
         self._indices: list[int] = []
         self._known: set[int] = set()
 
@@ -71,12 +67,6 @@ class FeatureStore:
         self._indices += new
         self.statistics.update(chosen)
 
-    def extend(self, other: FeatureStore) -> None:
-        """Add the rows of ``other``, such as another process's, that are not yet here."""
-        features, indices = other.features, other.indices
-        for start in range(0, len(indices), _BLOCK):
-            self.append(features[start : start + _BLOCK], indices[start : start + _BLOCK])
-
     @property
     def indices(self) -> list[int]:
         """The indices of the images, ascending: those of the rows of :attr:`features`."""
@@ -93,7 +83,7 @@ class FeatureStore:
         return self._mapped()
 
     def close(self) -> None:
-        """Close the file; one without a name is gone when the last tensor of :attr:`features` is."""
+        """Close the file, which is gone when the last tensor of :attr:`features` is."""
         self._file.close()
 
     def _mapped(self) -> Tensor:
@@ -108,19 +98,15 @@ class FeatureStore:
 
     def _sort(self) -> None:
         rows, order = self._mapped(), torch.tensor(self._indices).argsort()
-        part = None if self._path is None else self._path.with_name(f"{self._path.name}.part")
-        ordered = _open(part)
+        ordered = _open()
         for block in order.split(_BLOCK):
             ordered.write(_bytes(rows[block]))
         self._file.close()
         self._file, self._indices = ordered, self.indices
-        if part is not None and self._path is not None:
-            ordered.flush()
-            os.replace(part, self._path)
 
 
-def _open(path: Path | None) -> IO[bytes]:
-    return tempfile.TemporaryFile() if path is None else path.open("w+b")
+def _open() -> IO[bytes]:
+    return tempfile.TemporaryFile()
 
 
 def _bytes(rows: Tensor) -> bytes:

@@ -58,11 +58,6 @@ def differences(first: Result, other: Result, metric: str | None = None) -> list
     return list(dict.fromkeys(found))
 
 
-def comparable(first: Result, other: Result, metric: str | None = None) -> bool:
-    """Return whether :func:`differences` finds none."""
-    return not differences(first, other, metric)
-
-
 def protocol_differences(first: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> list[str]:
     """Return :func:`differences` between two protocols, nested or already flat, for one metric.
 

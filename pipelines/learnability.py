@@ -88,7 +88,6 @@ def learnability(
     data: LatentData,
     *,
     steps: int = STEPS,
-    minutes: float | None = None,
     device: str | torch.device = "cpu",
     quick: Quick | None = None,
 ) -> Section:
@@ -107,8 +106,6 @@ def learnability(
     Args:
         data: of at least 20 images; its posterior is drawn from anew at every step.
         steps: of 32 latents. Figures of another number than the default are comparable among themselves.
-        minutes: stop training earlier, at this time; ``steps`` says how many were made, and the text that they are
-            fewer.
         device: where to train.
         quick: what the quick FID and KID need; without it there are none.
     """
@@ -122,7 +119,7 @@ def learnability(
     training = np.setdiff1d(np.arange(len(data.mean)), held_out)
     model = _fresh_model(data).to(device)
     start = time.monotonic()
-    done, curve = _train(model, latents, training, steps, None if minutes is None else start + 60 * minutes)
+    curve = _train(model, latents, training, steps)
     seconds = time.monotonic() - start
     model.eval()
     losses = _held_out_losses(model, latents, held_out)
@@ -130,7 +127,7 @@ def learnability(
         "loss": _loss_at_trained_levels(model, latents, held_out),
         **{f"loss_sigma_{name}": losses[f"validation/sigma_{name}"] for name in SIGMA_BINS},
         "noise_shift": model.objective.noise_shift,
-        "steps": done,
+        "steps": steps,
         "batch_size": BATCH_SIZE,
         "training_latents": len(training),
         "held_out_latents": len(held_out),
@@ -144,7 +141,7 @@ def learnability(
     ]
     if curve:
         plots.append(Plot("Training loss", {"mean of 10 steps": curve}, labels=("tens of steps", "weighted loss")))
-    return Section("learnability", figures, [_verdict(figures, steps)], plots)
+    return Section("learnability", figures, [_verdict(figures)], plots)
 
 
 def _not_measured(data: LatentData, halvings: int) -> Section:
@@ -166,10 +163,8 @@ def _fresh_model(data: LatentData) -> LatentDiffusion:
         return LatentDiffusion(NETWORK, EDMConfig(), shape, whitening="channel", statistics=known)
 
 
-def _train(
-    model: LatentDiffusion, latents: InMemoryLatents, positions: NDArray[np.int64], steps: int, deadline: float | None
-) -> tuple[int, list[float]]:
-    """Train in place; return the steps made and the mean loss of every ten.
+def _train(model: LatentDiffusion, latents: InMemoryLatents, positions: NDArray[np.int64], steps: int) -> list[float]:
+    """Train in place; return the mean loss of every ten steps.
 
     The learning rate rises over the first steps and falls linearly to zero at ``steps``, in place of an average of the
     weights.
@@ -180,8 +175,6 @@ def _train(
     order = np.random.default_rng(SEED)
     curve: list[list[float]] = []
     for step in range(steps):
-        if deadline is not None and time.monotonic() > deadline:
-            return step, [sum(ten) / len(ten) for ten in curve]
         chosen = order.choice(positions, BATCH_SIZE, replace=len(positions) < BATCH_SIZE)
         raw = latents.draw(chosen, step + 1)[0].to(device)
         draw = generator("learnability-noise", SEED, step)
@@ -197,7 +190,7 @@ def _train(
         if step % 10 == 0:
             curve.append([])
         curve[-1].append(loss.item())
-    return steps, [sum(ten) / len(ten) for ten in curve]
+    return [sum(ten) / len(ten) for ten in curve]
 
 
 def _held_out_losses(
@@ -243,18 +236,13 @@ def _quick_figures(model: LatentDiffusion, data: LatentData, quick: Quick) -> di
     }
 
 
-def _verdict(figures: dict[str, Figure], steps: int) -> Verdict:
+def _verdict(figures: dict[str, Figure]) -> Verdict:
     loss = figures["loss"]
     assert isinstance(loss, float)
     by_level = ", ".join(f"{figures[f'loss_sigma_{name}']:.3f} at {name}" for name in SIGMA_BINS)
-    early = (
-        f" Stopped by the clock after {figures['steps']} of {steps} steps: compare it with nothing."
-        if figures["steps"] != steps
-        else ""
-    )
     text = (
         f"A fixed small denoiser reaches a held-out loss of {loss:.3f} after {figures['steps']} steps of {BATCH_SIZE} "
-        f"({by_level}); 1 is white noise.{early}"
+        f"({by_level}); 1 is white noise."
     )
     return Verdict(
         graded(loss, LOSS_NOTE, LOSS_FAULT),

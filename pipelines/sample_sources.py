@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,6 @@ class SampleSource(ABC):
     def notes(self) -> list[str]:
         """Return what a reader of the figures must know of the samples."""
         return []
-
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield all of them in order."""
-        size = self.whole_batch(batch_size)
-        for start in range(0, len(self), size):
-            yield self.images(range(start, min(start + size, len(self))))
 
 
 def open_samples(samples: Path, num: int | None) -> SampleSource:

@@ -38,16 +38,6 @@ def test_statistics_are_those_of_the_distinct_rows():
         torch.testing.assert_close(store.statistics.covariance, expected.covariance)
 
 
-def test_shares_of_two_processes_make_the_whole():
-    with FeatureStore(3) as first, FeatureStore(3) as second:
-        first.append(ROWS[::2], range(0, 11, 2))
-        second.append(ROWS[1::2], range(1, 11, 2))
-        second.append(ROWS[:1], [0])  # padding
-        first.extend(second)
-        assert torch.equal(first.features, ROWS)
-        assert first.statistics.count == 11
-
-
 def test_rows_outlive_the_store_and_later_ones():
     store = FeatureStore(3)
     store.append(ROWS, range(11))
@@ -58,16 +48,7 @@ def test_rows_outlive_the_store_and_later_ones():
     assert torch.equal(features, ROWS)
 
 
-@pytest.mark.parametrize("order", [range(11), range(10, -1, -1)])
-def test_a_file_at_a_path_stays_and_holds_the_ordered_rows(tmp_path, order):
-    with FeatureStore(3, tmp_path / "features.f32") as store:
-        store.append(ROWS[list(order)], order)
-        assert torch.equal(store.features, ROWS)
-    assert [path.name for path in tmp_path.iterdir()] == ["features.f32"]
-    assert (tmp_path / "features.f32").read_bytes() == ROWS.numpy().astype("<f4").tobytes()
-
-
-def test_without_a_path_no_file_is_left(tmp_path, monkeypatch):
+def test_no_file_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     store = FeatureStore(3)
     store.append(ROWS, range(10, -1, -1))

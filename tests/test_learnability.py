@@ -74,13 +74,6 @@ def test_the_posterior_is_drawn_from():
     assert figures[0]["loss_sigma_0-0.2"] != pytest.approx(figures[1]["loss_sigma_0-0.2"], rel=1e-5)
 
 
-def test_the_clock_stops_it_and_the_text_says_so():
-    section = learnability(flat(), steps=5, minutes=0)
-    assert section.figures["steps"] == 0
-    assert "0 of 5 steps" in section.verdicts[0].text
-    assert [plot.title for plot in section.plots] == ["Held-out loss by noise level"]
-
-
 @pytest.mark.parametrize("latents", [flat(19), data(torch.randn(N, C, 3, W))])
 def test_what_does_not_suit_the_network_is_not_measured(latents):
     section = learnability(latents)
