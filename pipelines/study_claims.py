@@ -88,7 +88,7 @@ def side(effect: Effect, *, against: bool = False) -> str:
 def figure(effect: Contrast, value: float) -> str:
     """Return a value of an effect as text: ``×0.931`` of a ratio, ``+0.31`` of a difference."""
     if effect.scale == "ratio":
-        return f"×{value:.3f}"
+        return f"×{value:.3f}" if value < 10 else f"×{value:.3g}"
     return f"{value:+.{METRICS[effect.metric].digits}f}".replace("-", "−")
 
 

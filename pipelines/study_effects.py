@@ -161,7 +161,8 @@ class MetricTable:
         return None
 
     def _shown(self, value: Any) -> float:
-        return math.exp(value) if self.column.scale == "ratio" else float(value)
+        """Return an effect as a report gives it; of few cells a ratio's bound may be beyond all floats: then the last."""
+        return math.exp(min(max(value, -700), 700)) if self.column.scale == "ratio" else float(value)
 
     def _bounds(self, estimate: Estimate | None, level: float) -> Bounds | None:
         if estimate is None:

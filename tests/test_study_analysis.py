@@ -347,6 +347,15 @@ class TestWhatIsMissing:
         assert effect_of(analysis, level="b").estimate == pytest.approx(2)
         assert analysis.rule.startswith("One seed")
 
+    def test_bounds_of_few_cells_may_be_as_wide_as_numbers_go(self):
+        config, variants = planned({str(m): [compare("b", metric=m)] for m in METRICS}, factors={"kind": "ab"}, seeds=2)
+        kid = np.array([[1e-9, 1.0], [1.0, 1e-9]])
+        analysis = analyse(config, variants, recorded(variants, {"kid_mean": kid}))
+        low, high = effect_of(analysis, level="b").simultaneous
+        assert low < 1e-300
+        assert 1e300 < high < math.inf
+        assert "×1.01e+304" in analysis.claims[0].reason
+
     def test_cells_that_are_still_to_come_are_counted(self):
         kid = noisy_kid(np.random.default_rng(0), *6 * [0.0])
         kid[5, 1:] = np.nan
