@@ -161,7 +161,7 @@ class MetricTable:
         return None
 
     def _shown(self, value: Any) -> float:
-        """Return an effect as a report gives it; of few cells a ratio's bound may be beyond all floats: then the last."""
+        """Return an effect as a report gives it; a bound of a ratio that is beyond all floats as one of the last."""
         return math.exp(min(max(value, -700), 700)) if self.column.scale == "ratio" else float(value)
 
     def _bounds(self, estimate: Estimate | None, level: float) -> Bounds | None:
