@@ -222,7 +222,12 @@ class ImageSampler:
     def _decode(self, latents: Tensor) -> Tensor:
         missing = self._rows - len(latents)
         filled = torch.cat([latents, latents[-1:].expand(missing, -1, -1, -1)]) if missing else latents
-        return to_uint8(self.decoder.decode(filled).float()).cpu()[: len(latents)]
+        images = self.decoder.decode(filled).float()
+        if not images.isfinite().all():  # 8 bits would show it as black, and measure that
+            raise WavelatentError(
+                "a sample is not finite: sample with --mixed-precision no, lower --guidance, or train the run again"
+            )
+        return to_uint8(images).cpu()[: len(latents)]
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

@@ -347,3 +347,12 @@ def test_running_out_of_memory_says_what_to_lower(run: Path, monkeypatch: pytest
     monkeypatch.setattr("wavelatent.pipelines.sample_images.generate_latents", no_memory)
     with pytest.raises(WavelatentError, match="lower --pass-rows 4"):
         images(run, [0])
+
+
+def test_a_sample_that_is_not_finite_is_no_black_image(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverged(model: object, seeds: list[int], **options: object) -> torch.Tensor:
+        return torch.full((len(seeds), 4, 8, 8), torch.nan)
+
+    monkeypatch.setattr("wavelatent.pipelines.sample_images.generate_latents", diverged)
+    with pytest.raises(WavelatentError, match="a sample is not finite"):
+        images(run, [0])
