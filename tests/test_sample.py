@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from wavelatent.pipelines.sample import Extras, sample
 from wavelatent.pipelines.sample_folder import SampleWriter
 from wavelatent.pipelines.sample_images import ImageSampler, SampleOptions, ema_choice, sample_images, weights_sha256
 from wavelatent.pipelines.sample_sources import RunSamples, SampleFolder
-from wavelatent.stage2_diffusion.generation import draw_labels
+from wavelatent.stage2_diffusion.generation import draw_labels, generate_latents
 from wavelatent.stage2_diffusion.samplers import SAMPLERS
 from wavelatent.stage2_diffusion.sampling import Sampling
 
@@ -350,8 +351,8 @@ def test_running_out_of_memory_says_what_to_lower(run: Path, monkeypatch: pytest
 
 
 def test_a_sample_that_is_not_finite_is_no_black_image(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverged(model: object, seeds: list[int], **options: object) -> torch.Tensor:
-        return torch.full((len(seeds), 4, 8, 8), torch.nan)
+    def diverged(*arguments: Any, **options: Any) -> torch.Tensor:
+        return torch.full_like(generate_latents(*arguments, **options), torch.nan)
 
     monkeypatch.setattr("wavelatent.pipelines.sample_images.generate_latents", diverged)
     with pytest.raises(WavelatentError, match="a sample is not finite"):
