@@ -1,6 +1,7 @@
-"""The references of both stages name what there is, and what they and the README name is there."""
+"""The pages name what there is, and what they and the README name is there."""
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ from wavelatent.pipelines.ablate_config import AblationConfig
 from wavelatent.pipelines.diffusion_config import DiffusionRunConfig
 from wavelatent.pipelines.run_config import AutoencoderRunConfig
 from wavelatent.pipelines.sample_images import SampleOptions
+from wavelatent.pipelines.study_config import ComparisonConfig, NamedConfig, StudyConfig
+from wavelatent.pipelines.study_design import make_variants
+from wavelatent.pipelines.study_statistics import detectable_effect
 from wavelatent.pipelines.train_diffusion import train_diffusion
 from wavelatent.stage1_autoencoder.adversarial import AdversarialConfig
 from wavelatent.stage1_autoencoder.autoencoder import (
@@ -67,8 +71,13 @@ TEXT = PAGES["docs/stage-one.md"].read_text(encoding="utf-8")
 SECTIONS = sections("docs/stage-one.md")
 SOURCE = "\n".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "stage1_autoencoder").glob("*.py")))
 PANEL = ("gan/", "latent/")
-CONFIGS = {"train-ae": AutoencoderRunConfig, "train-diffusion": DiffusionRunConfig, "ablate": AblationConfig}
-PRESET_NAME = r"ldm8|(?:tiny2?/|(?:ae|litevae|kl|pretrained|ablation|unet)-)[\w/-]+"
+CONFIGS = {
+    "train-ae": AutoencoderRunConfig,
+    "train-diffusion": DiffusionRunConfig,
+    "ablate": AblationConfig,
+    "study": StudyConfig,
+}
+PRESET_NAME = r"ldm8|kl-f8|(?:tiny2?/|(?:ae|litevae|pretrained|ablation|unet|study)-)[\w/-]+"
 
 
 def keys(*titles: str) -> set[str]:
@@ -360,3 +369,122 @@ def test_the_example_of_stage_two_trains_and_every_figure_it_logs_is_named(tmp_p
     not_drawn = {f"loss/denoising/sigma_{name}" for name in SIGMA_BINS}  # of so few samples
     assert named - logged - not_drawn == {"quick_fid", "quick_kid", "quick_seconds"}
     assert {path.name for path in run.iterdir()} >= {"model", "best", "ema"}
+
+
+# --- the study
+
+STUDY = sections("docs/study.md")
+STUDY_PRESETS = [n for n in preset_names() if n.startswith("study-") and n not in ("study-ae", "study-unet")]
+
+
+def cells_of(title: str, heading: str = "") -> list[list[str]]:
+    """The rows of a section's tables, or of the one whose heading begins so, split into cells; no headings."""
+    rows: list[list[str]] = []
+    for table in re.findall(r"(?:^\|.*\n)+", STUDY[title], flags=re.MULTILINE):
+        head, _, *lines = table.splitlines()
+        if head.startswith(f"| {heading}"):
+            rows += [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return rows
+
+
+def codes(cell: str) -> list[str]:
+    return re.findall("`([^`]*)`", cell)
+
+
+def test_the_variants_of_the_study_are_those_of_its_presets():
+    design = load_config(StudyConfig, "study-claims").design
+    assert isinstance(design, NamedConfig)
+    named = {codes(row[0])[0]: parse_yaml("{" + ", ".join(codes(row[1])) + "}", row[0]) for row in cells_of("Variants")}
+    assert list(named) == list(design.variants)  # best first
+    assert {name: {f: str(level) for f, level in levels.items()} for name, levels in named.items()} == design.variants
+    further = load_config(StudyConfig, "study-faces128").design.variants.keys() - design.variants.keys()
+    assert further - set(codes(STUDY["Variants"])) == set()
+
+
+def test_the_factors_and_claims_of_the_study_are_those_of_its_presets():
+    config = load_config(StudyConfig, "study-claims")
+    named = {codes(row[0])[0]: codes(row[1]) for row in cells_of("Factors")}
+    assert named == {factor: list(levels) for factor, levels in config.factors.items()}
+    assert [codes(row[0])[0] for row in cells_of("Claims")] == list(config.claims)
+    margins = {c.margin for claim in config.claims.values() for c in claim.comparisons}
+    assert margins == {0.0, 0.1}
+    assert "10 % of KID" in STUDY["Claims"]
+
+
+def test_every_setting_of_a_study_has_a_row_with_the_codes_default():
+    default = StudyConfig(title="t", factors={"f": {"level": {}}}).model_dump(mode="json")
+    named: dict[str, set[str]] = {}
+    for row in cells_of("A study of your own", "key"):
+        for code in codes(row[0]):
+            if ":" not in code:
+                named.setdefault(code, set())
+                continue
+            for key, value in parse_yaml("{" + code + "}", "docs").items():
+                named.setdefault(key, set()).update(value if isinstance(value, dict) else ())
+                if key != "design" or value["kind"] == default["design"]["kind"]:
+                    given = value if isinstance(value, dict) else {key: value}
+                    meant = default[key] if isinstance(value, dict) else default
+                    assert given == {name: meant[name] for name in given}
+    assert named.keys() == default.keys()
+    for section in ("data", "evaluation", "rule"):
+        assert named[section] == default[section].keys()
+    (comparison,) = re.findall(r"`\{(factor, level[^`]*)\}`", STUDY["A study of your own"])
+    assert set(re.findall(r"(\w+)(?=[,:]|$)", re.sub(r": (\{\}|\w+)", ":", comparison))) == fields(ComparisonConfig)
+
+
+@pytest.mark.parametrize("contexts_and_seeds", [(1, 3), (2, 3), (1, 5)])
+def test_the_power_of_the_study_is_what_its_arithmetic_gives(contexts_and_seeds):
+    config = load_config(StudyConfig, "study-claims")
+    comparisons = sum(len(claim.comparisons) for claim in config.claims.values())
+    assert (len(config.seeds), comparisons, len(make_variants(config))) == (3, 12, 10)  # as the section says
+    contexts, seeds = contexts_and_seeds
+    column = {(1, 3): 1, (2, 3): 2, (1, 5): 3}[contexts_and_seeds]
+    effect = detectable_effect(1.0, variants=10, seeds=seeds, comparisons=comparisons, contexts=contexts)
+    for row in cells_of("Power"):
+        scatter, told = (float(row[c].removesuffix(" %")) / 100 for c in (0, column))
+        assert told == pytest.approx(1 - math.exp(-effect * scatter), abs=0.005)
+    if contexts == 1:
+        largest = {3: 2.8, 5: 3.8}[seeds]
+        assert f"{largest} %" in STUDY["Power"]
+        assert largest == pytest.approx(100 * math.log(1.1) / effect, abs=0.05)
+
+
+def test_the_table_of_the_studies_is_what_their_presets_hold():
+    rows = {codes(row[0])[0]: row for row in cells_of("Presets and what they cost", "preset")}
+    assert set(rows) == set(STUDY_PRESETS) - {"study-claims"}
+    above: dict[str, str] = {}
+    for name, (_, images, latents, one, two, samples, cells, _) in rows.items():
+        config = load_config(StudyConfig, name)
+        size = config.data.size
+        assert f"{size} px" in images
+        assert latents == "x".join([str(size // config.autoencoder.model.encoder.downsampling)] * 2)
+        assert int(samples.replace(",", "")) == config.evaluation.num_samples
+        assert int(cells) == len(make_variants(config)) * len(config.seeds)
+        for text, train in ((one, config.autoencoder.train), (two, config.diffusion.train)):
+            above[train.__class__.__name__] = text = above.get(train.__class__.__name__, "") if "same" in text else text
+            batch = "" if "steps" in text else f" x {train.batch_size}"
+            assert f"{train.steps:,}{batch or ' steps'}" in text
+
+
+def test_the_cost_of_the_largest_study_is_the_sum_of_its_parts():
+    """From its operations, images and hours per part to the hours of a data set."""
+    config = load_config(StudyConfig, "study-ffhq256")
+    one, encode, two, samples = cells_of("Presets and what they cost", "|")
+    assert float(one[2].split()[0]) * 1e6 == config.autoencoder.train.images_at(config.autoencoder.train.steps)
+    assert float(two[2].split()[0]) * 1e6 == config.diffusion.train.images_at(config.diffusion.train.steps)
+    for row, rate in ((one, 0.35 * 312), (two, 0.35 * 312), (samples, 0.5 * 19.5)):
+        images = float(row[2].split()[0].replace(",", "")) * (1e6 if "M" in row[2] else 1)
+        assert float(row[3]) == pytest.approx(float(row[1]) * images / rate / 3600, rel=0.03)
+    autoencoder, diffusion = float(one[3]) + float(encode[3]), float(two[3]) + float(samples[3])
+    assert f"24 autoencoders x {autoencoder:.1f} + 30 diffusion models x {diffusion:.1f} hours" in STUDY[
+        "Presets and what they cost"
+    ].replace("\n", " ")
+    assert 24 * autoencoder + 30 * diffusion == pytest.approx(1300, rel=0.02)
+
+
+def test_the_example_of_a_study_makes_its_variants(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(blocks("docs/study.md", "yaml"), encoding="utf-8")
+    variants = make_variants(load_config(StudyConfig, "mine.yaml"))
+    assert [variant.name for variant in variants] == ["0, 4", "0, 16", "0.1, 4", "0.3, 4", "0.3, 16"]
+    assert {variant.recipe.autoencoder.model.bottleneck.kind for variant in variants} == {"bounded"}
