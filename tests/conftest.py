@@ -2,13 +2,14 @@
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest
 import torch
+from forked_commands import ForkedCommands
 
 import cli  # noqa: F401
 
@@ -54,3 +55,11 @@ def perceptual_distance() -> Callable[[str], torch.nn.Module]:
         return found
 
     return get
+
+
+@pytest.fixture(scope="session")
+def forked_commands() -> Iterator[ForkedCommands]:
+    """Command lines in processes of their own, one or several."""
+    commands = ForkedCommands()
+    yield commands
+    commands.close()

@@ -1,4 +1,4 @@
-"""The command line with two additions for test_distributed.py; run it as cli.py, with the folder to record in first.
+"""Two additions to a process that trains, for test_distributed.py.
 
 Every process leaves the weights it began and ended its training with, as ``<rank>-start.pt`` and ``<rank>-end.pt``.
 Noise levels and noise of stage two come from the image, not from (seed, process, step), so that they are the same
@@ -6,14 +6,11 @@ however many processes share a batch.
 """
 
 import os
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cli
 from wavelatent.stage1_autoencoder.trainer import AutoencoderTrainer
 from wavelatent.stage2_diffusion.model import LatentDiffusion
 from wavelatent.stage2_diffusion.trainer import DiffusionTrainer
@@ -40,10 +37,9 @@ def noise_of_the_image(self: LatentDiffusion, raw: Tensor, generator: torch.Gene
     return raw.mean(dim=(1, 2, 3)).exp(), torch.sin(1000 * raw)
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv.pop(1))
+def add_to_trainings(folder: Path) -> None:
+    """Record this process's trainings in ``folder``, and take the noise from the image."""
     folder.mkdir(parents=True, exist_ok=True)
     record(AutoencoderTrainer, folder)
     record(DiffusionTrainer, folder)
     LatentDiffusion.draw_noise = noise_of_the_image
-    cli.main()
