@@ -21,11 +21,11 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..common.config import dump_yaml, parse_yaml
 from ..common.distributed_features import by_main
@@ -36,10 +36,13 @@ from ..common.runtime import RuntimeOptions, StopRequest, accelerated
 from .cells import Cell, claim, take_shard
 from .study_cells import FINAL_STATES, StudyCell, Task, Workbench, is_failure, make_study_cells, tasks_of
 from .study_config import StudyConfig
-from .study_data import StudyData, open_study_data, prepare_study_data, require_data
+from .study_data import StudyData, open_study_data, prepare_study_data
 from .study_design import Variant, make_variants
 from .study_networks import Networks, networks_of
 from .study_results import public_config, record_of, setting_of, state_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 T = TypeVar("T")
 
@@ -87,16 +90,17 @@ def study(
     """
     options = options or RuntimeOptions()
     variants = make_variants(config)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    take_shard(variants, shard)  # raises where there is no such shard
+    if dry_run and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("--dry-run: start it without accelerate launch; it trains nothing")
+    # Everything that does not fit together is refused here, before the first file is written.
+    plan = Plan.make(config, variants, out, open_study_data(config, out, prepared=False), options, batch_size)
     if dry_run:
-        if processes > 1:
-            raise UsageError("--dry-run: start it without accelerate launch; it trains nothing")
-        return _dry_run(config, variants, out, options, shard, batch_size)
-    with StopRequest(options.max_minutes) as stop, _together(options, processes) as team:
+        return _dry_run(plan, shard)
+    with StopRequest(options.max_minutes) as stop, _together(options) as team:
         if not report_only:
             team.decide(lambda: _begin(config, out, stop))
-        plan = Plan.make(config, variants, out, open_study_data(config, out), options, batch_size)
-        if not report_only:
+            plan = plan.over_prepared_data(options, batch_size)
             _work(plan, tasks_of(take_shard(plan.cells, shard)), team, stop)
         return team.decide(lambda: _finish(plan, report_only))
 
@@ -123,11 +127,20 @@ class Plan:
         options: RuntimeOptions,
         batch_size: int,
     ) -> Plan:
-        """Plan a study; what does not fit together is refused here, before any training."""
+        """Plan a study. Errors are those of :class:`Workbench` and :func:`networks_of`."""
         bench = Workbench(config, data, options, batch_size)
         networks = {v.name: networks_of(v, data.train.size, data.train.num_classes) for v in variants}
         cells = make_study_cells(config, variants, out, data, options.mixed_precision)
         return cls(config, variants, out, cells, bench, networks, options.mixed_precision)
+
+    def over_prepared_data(self, options: RuntimeOptions, batch_size: int) -> Plan:
+        """Return the plan with the data itself, where something stood for it until it was prepared."""
+        if self.bench.data.is_prepared:
+            return self
+        data = open_study_data(self.config, self.out)
+        bench = Workbench(self.config, data, options, batch_size)
+        cells = make_study_cells(self.config, self.variants, self.out, data, options.mixed_precision)
+        return replace(self, bench=bench, cells=cells)
 
     def listed(self, cells: Sequence[StudyCell] | None = None) -> list[dict[str, Any]]:
         """Return the cells, or ``cells``, with how far they are."""
@@ -148,39 +161,38 @@ class Plan:
 class Team:
     """The processes that work on one cell together: the main one decides, and all follow."""
 
-    def __init__(self, options: RuntimeOptions, processes: int) -> None:
-        self._options, self._processes = options, processes
-        self.is_main = os.environ.get("RANK", "0") == "0"
+    def __init__(self, options: RuntimeOptions, accelerator: Accelerator) -> None:
+        self._options = options
+        self._is_alone, self._is_main = accelerator.num_processes == 1, accelerator.is_main_process
 
     def decide(self, work: Callable[[], T]) -> T:
         """Return in every process what ``work`` returns in the main one, which alone does it, however long it takes."""
-        if self._processes == 1:
+        if self._is_alone:
             return work()
         with accelerated(self._options) as accelerator:
             return by_main(accelerator, work)
 
     def say(self, text: str) -> None:
         """Print a line on stderr, once."""
-        if self.is_main:
+        if self._is_main:
             print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
-def _together(options: RuntimeOptions, processes: int):  # type: ignore[no-untyped-def]
+def _together(options: RuntimeOptions) -> Iterator[Team]:
     """Give the block its :class:`Team`, whose process group stays up between the parts of the work."""
     options = RuntimeOptions(device=options.device)
-    with accelerated(options) if processes > 1 else contextlib.nullcontext():
-        yield Team(options, processes)
+    with accelerated(options) as accelerator:
+        yield Team(options, accelerator)
 
 
 def _begin(config: StudyConfig, out: Path, stop: StopRequest) -> None:
     """Do what comes before all cells: keep the configuration, prepare the data, find the metric weights."""
-    require_data(config)
-    load_weights("inception")
     out.mkdir(parents=True, exist_ok=True)
     for _ in claim([Cell("data", 0, config, out / "data")], stop):
         _keep_config(config, out)
         prepare_study_data(config, out)
+    load_weights("inception")  # without them nothing decides a claim: better known now than after the training
 
 
 def _keep_config(config: StudyConfig, out: Path) -> None:
@@ -256,11 +268,14 @@ def _finish(plan: Plan, report_only: bool) -> dict[str, Any]:
     }
     if not (result["complete"] or report_only):
         return result
-    return {**result, **write_results(plan)}
+    return {**result, **write_results(plan, again=report_only)}
 
 
-def write_results(plan: Plan) -> dict[str, Any]:
-    """Analyse the cells that are there, write results, summary and report, and return their paths and the verdicts."""
+def write_results(plan: Plan, *, again: bool) -> dict[str, Any]:
+    """Analyse the cells that are there, write results, summary and report, and return their paths and the verdicts.
+
+    Where the results are there already and the same, nothing is written, unless ``again``.
+    """
     from .study_analysis import analyse
     from .study_report import write_report
 
@@ -282,31 +297,20 @@ def write_results(plan: Plan) -> dict[str, Any]:
     }
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     paths = {"results": str(out / RESULTS), "summary": str(out / SUMMARY), "report": str(out / PAGE)}
-    if not (_same(out / RESULTS, text) and all(Path(path).is_file() for path in paths.values())):
+    whole = all(Path(path).is_file() for path in paths.values())
+    if again or not whole or (out / RESULTS).read_text(encoding="utf-8") != text:
         write_report(out, config, variants, records, analysis, setting)
         write_atomically(out / RESULTS, text)
     return {**paths, "claims": {claim.name: claim.verdict for claim in analysis.claims}}
 
 
-def _same(file: Path, text: str) -> bool:
-    return file.is_file() and file.read_text(encoding="utf-8") == text
-
-
-def _dry_run(
-    config: StudyConfig,
-    variants: Sequence[Variant],
-    out: Path,
-    options: RuntimeOptions,
-    shard: tuple[int, int],
-    batch_size: int,
-) -> dict[str, Any]:
+def _dry_run(plan: Plan, shard: tuple[int, int]) -> dict[str, Any]:
     from .study_estimate import estimate
 
-    plan = Plan.make(config, variants, out, open_study_data(config, out, prepared=False), options, batch_size)
     mine = take_shard(plan.cells, shard)
     listed = plan.listed(mine)
     return {
-        "study": str(out),
+        "study": str(plan.out),
         "cells": listed,
         "complete": all(cell["state"] in FINAL_STATES for cell in listed),
         "estimate": estimate(tasks_of(mine), plan.bench, plan.networks).as_dict(),

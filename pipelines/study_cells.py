@@ -116,8 +116,11 @@ def _task(cell: Cell[Any], stage: Stage, latents: Path, autoencoder: Path) -> Ta
 
 def tasks_of(cells: Sequence[StudyCell]) -> list[Task]:
     """Return the tasks of the cells in order, each once, an autoencoder's before those that need it."""
-    tasks = {task.folder: task for cell in reversed(cells) for task in (cell.diffusion, cell.autoencoder)}
-    return list(reversed(tasks.values()))
+    tasks: dict[Path, Task] = {}
+    for cell in cells:
+        for task in (cell.autoencoder, cell.diffusion):
+            tasks.setdefault(task.folder, task)
+    return list(tasks.values())
 
 
 class Workbench:

@@ -5,11 +5,64 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..common.errors import UsageError
+from ..common.hf_data import HubImages
+from ..common.image_folders import FolderImages
+from ..common.image_sources import SkippedFile
 from ..common.images import ImageData, open_data
 from ..common.prepared import MANIFEST, is_prepared, read_manifest
+from ..common.synthetic_faces import SyntheticFaces
 from .prepare import prepare
 from .study_config import StudyConfig
+
+NOISE_IMAGES = 64
+
+
+class NoiseImages:
+    """A data set of one image of noise, many times."""
+
+    def __init__(self, size: int, count: int = NOISE_IMAGES, num_classes: int = 0) -> None:
+        self.spec, self.size, self.count = "noise", size, count
+        self.transform: dict[str, object] = {"size": size}
+        self.num_classes = num_classes
+        self.class_names = [str(number) for number in range(num_classes)]
+        self.skipped: list[SkippedFile] = []
+        self._image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """Return the image."""
+        return self._image
+
+    def label(self, index: int) -> int | None:
+        """Return a class, where there are any."""
+        return index % self.num_classes if self.num_classes else None
+
+    def fingerprint(self) -> str:
+        """Return what no other data has."""
+        return "noise"
+
+
+class UnpreparedImages(NoiseImages):
+    """Stands for data that is not prepared yet: its size, its classes, and about how many images there are."""
+
+    def __init__(self, spec: str, size: int) -> None:
+        source: SyntheticFaces | HubImages | FolderImages
+        if spec.partition(":")[0] == "synthetic":
+            source = SyntheticFaces.from_spec(spec, size)
+        else:
+            source = HubImages(spec) if spec.startswith("hf:") else FolderImages(spec)
+        super().__init__(size, len(source), len(source.class_names))
+        self.spec = spec
+
+    def fingerprint(self) -> str:
+        """Return a name that cells do not get once the data is prepared."""
+        return f"unprepared {self.spec} at {self.size}"
 
 
 @dataclass(frozen=True)
@@ -25,6 +78,11 @@ class StudyData:
                 f"the training images are {self.train.size} px and those to measure on {self.validation.size} px: "
                 "set data.size"
             )
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether these are the images themselves, and not what stands for them."""
+        return not any(isinstance(data, UnpreparedImages) for data in (self.train, self.validation))
 
 
 def prepare_study_data(config: StudyConfig, out: Path) -> None:
@@ -73,8 +131,6 @@ def open_study_data(config: StudyConfig, out: Path, *, prepared: bool = True) ->
         if config.data.size is not None and _is_there(config, out, name, spec):
             return open_data(str(out / "data" / name))
         if not prepared and _is_to_be_prepared(config, out, name, spec):
-            from .study_estimate import UnpreparedImages
-
             return UnpreparedImages(spec, _size(config))
         return open_data(spec, size=config.data.size)
 

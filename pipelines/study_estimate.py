@@ -15,17 +15,14 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from ..common.hf_data import HubImages
-from ..common.image_folders import FolderImages
 from ..common.metric_weights import MissingWeightsError
-from ..common.synthetic_faces import SyntheticFaces
 from ..stage1_autoencoder.bottlenecks import KLPenaltyConfig
 from ..stage2_diffusion.generation import evaluations
 from .report_runs import read_json
 from .study_cells import Task, Workbench
 from .study_networks import Networks
 from .study_results import last_logged
-from .study_timing import TIMED_STEPS, NoiseImages, convolution_rate, time_autoencoder, time_diffusion
+from .study_timing import TIMED_STEPS, convolution_rate, time_autoencoder, time_diffusion
 
 AFFORDABLE_SECONDS = 60.0
 """Of timing, by what the operations are expected to take; above it nothing is timed."""
@@ -33,23 +30,6 @@ INCEPTION_FLOPS = 11.4e9
 """Of Inception v3 on an image of 299 pixels, a multiply-add counted as 2."""
 HEALTH_PASSES = 3
 """Of the autoencoder over the images of the health report, an allowance."""
-
-
-class UnpreparedImages(NoiseImages):
-    """Stands for data that is not prepared yet: its size, its classes, and about how many images there are."""
-
-    def __init__(self, spec: str, size: int) -> None:
-        source: SyntheticFaces | HubImages | FolderImages
-        if spec.partition(":")[0] == "synthetic":
-            source = SyntheticFaces.from_spec(spec, size)
-        else:
-            source = HubImages(spec) if spec.startswith("hf:") else FolderImages(spec)
-        super().__init__(size, len(source), len(source.class_names))
-        self.spec = spec
-
-    def fingerprint(self) -> str:
-        """Return a name that cells do not get once the data is prepared."""
-        return f"unprepared {self.spec} at {self.size}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Neither names a path of the machine: data goes by its fingerprint, folders are r
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -58,13 +59,18 @@ def record_of(cell: StudyCell, bench: Workbench, root: Path, networks: Networks)
 
 
 def health_figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of a health report that are single numbers, as ``section.figure``."""
-    return {
-        f"{section}.{name}": float(value)
-        for section, content in record.get("sections", {}).items()
-        for name, value in content["figures"].items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    """Return the numbers of a health report as ``section.figure``; of one per channel, the mean over the channels."""
+    figures = {}
+    for section, content in record.get("sections", {}).items():
+        for name, value in content["figures"].items():
+            values = [item for item in (value if isinstance(value, list) else [value]) if _is_number(item)]
+            if values and not name.startswith("images") and not name.endswith("_images"):  # how many were looked at
+                figures[f"{section}.{name}"] = math.fsum(values) / len(values)
+    return figures
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def health_verdicts(record: Mapping[str, Any]) -> tuple[str, ...]:

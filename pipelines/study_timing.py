@@ -9,12 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..common.errors import Stopped
-from ..common.image_sources import SkippedFile
 from ..common.latent_cache import AutoencoderRecord, DataRecord, LatentCache
 from ..common.latent_cache_writer import CachePlan, CacheWriter
 from ..common.latents import Posterior
@@ -25,6 +22,7 @@ from ..stage1_autoencoder.trainer import AutoencoderTrainer
 from ..stage2_diffusion.trainer import DiffusionTrainer
 from .diffusion_config import DiffusionRunConfig
 from .run_config import AutoencoderRunConfig
+from .study_data import NOISE_IMAGES, NoiseImages
 from .train_diffusion import build_model, resolved
 
 if TYPE_CHECKING:
@@ -33,34 +31,6 @@ if TYPE_CHECKING:
 TIMED_STEPS = 2
 RATE_SECONDS = 0.3
 """How long the convolution runs."""
-NOISE_IMAGES = 64
-
-
-class NoiseImages:
-    """A data set of one image of noise, many times."""
-
-    def __init__(self, size: int, count: int = NOISE_IMAGES, num_classes: int = 0) -> None:
-        self.spec, self.size, self.count = "noise", size, count
-        self.transform: dict[str, object] = {"size": size}
-        self.num_classes = num_classes
-        self.class_names = [str(number) for number in range(num_classes)]
-        self.skipped: list[SkippedFile] = []
-        self._image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """Return the image."""
-        return self._image
-
-    def label(self, index: int) -> int | None:
-        """Return a class, where there are any."""
-        return index % self.num_classes if self.num_classes else None
-
-    def fingerprint(self) -> str:
-        """Return what no other data has."""
-        return "noise"
 
 
 class StepTimer(StopRequest):

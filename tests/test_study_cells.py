@@ -1,0 +1,291 @@
+"""Which cells a study works on, in what order, and what it makes of failures: with steps that compute nothing."""
+
+import json
+import signal
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState, PartialState
+from filelock import FileLock
+from tiny_study import Steps, stand_in_for_networks, tiny_config
+
+from wavelatent.common.errors import Stopped, UsageError, WavelatentError
+from wavelatent.common.runtime import RuntimeOptions
+from wavelatent.pipelines import cells as cells_module
+from wavelatent.pipelines import study as study_module
+from wavelatent.pipelines import study_estimate
+from wavelatent.pipelines.study import describe, study
+from wavelatent.pipelines.study_cells import is_failure, make_study_cells, tasks_of
+from wavelatent.pipelines.study_config import StudyConfig
+from wavelatent.pipelines.study_data import StudyData, UnpreparedImages
+from wavelatent.pipelines.study_design import make_variants
+from wavelatent.pipelines.study_networks import Networks, networks_of
+
+CPU = RuntimeOptions(device="cpu")
+AUTOENCODER = ["autoencoder", "measure autoencoder", "diagnose", "encode"]
+DIFFUSION = ["diffusion", "measure diffusion"]
+PATIENCE = 240
+"""Seconds that a process may take; one that waits for another for ever is killed, and the test fails."""
+
+
+@cache
+def networks() -> Networks:
+    return networks_of(make_variants(tiny_config())[0], 16, 0)
+
+
+@pytest.fixture(autouse=True)
+def steps(monkeypatch, tmp_path) -> Steps:
+    stand_in_for_networks(monkeypatch, tmp_path / "cache")
+    monkeypatch.setattr(study_module, "networks_of", lambda variant, size, classes: networks())
+    monkeypatch.setattr(cells_module, "POLL_SECONDS", 0.01)
+    return Steps(monkeypatch)
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+def run(out: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    return study(tiny_config(*overrides), out=out, **{"options": CPU, **options})
+
+
+def states(result: dict[str, Any]) -> list[str]:
+    return [cell["state"] for cell in result["cells"]]
+
+
+def test_all_variants_of_the_first_seed_come_first_each_autoencoder_before_what_needs_it(out, steps):
+    result = run(out)
+    assert result["complete"]
+    one_seed = [*AUTOENCODER, *DIFFUSION, *DIFFUSION]
+    assert steps.done == [f"{step} {seed}" for seed in ("seed0", "seed1") for step in one_seed]
+
+
+def test_shards_part_the_cells_and_the_last_one_writes_the_results(out, steps):
+    half = run(out, shard=(0, 2))
+    assert states(half) == ["finished", "new", "finished", "new"]
+    assert "results" not in half
+    assert "2 of 4 cells are still to be" in describe(half)
+    trained = [step for step in steps.done if step.startswith("autoencoder")]
+    whole = run(out, shard=(1, 2))
+    assert whole["complete"]
+    assert Path(whole["results"]).is_file()
+    assert [step for step in steps.done if step.startswith("autoencoder")] == trained, "they are shared"
+
+
+def test_a_cell_that_diverges_is_noted_once_and_the_others_go_on(out, steps, monkeypatch):
+    def diverge(step: str, folder: Path) -> None:
+        if step == "autoencoder" and folder.name.endswith("seed1"):
+            raise WavelatentError(
+                f"loss/l1 is not finite at step 1: the state before is saved in {folder}; start again"
+            )
+
+    steps.fails = diverge
+    result = run(out)
+    assert states(result) == ["finished", "finished", "failed", "failed"]
+    assert result["complete"]
+    record = json.loads(Path(result["results"]).read_text())
+    failed = [cell["failed"] for cell in record["cells"]]
+    assert failed == [None, None, *["autoencoder, train: loss/l1 is not finite at step 1"] * 2]
+    assert record["cells"][2]["metrics"] == {}
+    assert "failed: plain, seed 1" in describe(result)
+    steps.done.clear()
+    steps.fails = lambda step, folder: pytest.fail("tried again")
+    assert run(out) == result
+    (out / result["cells"][2]["autoencoder"] / "failure.json").unlink()
+    steps.fails = lambda step, folder: None
+    assert states(run(out)) == ["finished"] * 4
+    assert steps.done == [f"{step} seed1" for step in [*AUTOENCODER, *DIFFUSION, *DIFFUSION]]
+
+
+def test_what_would_meet_every_cell_ends_the_study(out, steps):
+    def fail(step: str, folder: Path) -> None:
+        if step == "encode":
+            raise WavelatentError("the disk is full")
+
+    steps.fails = fail
+    with pytest.raises(WavelatentError, match="the disk is full"):
+        run(out)
+    assert not list(out.rglob("failure.json"))
+    assert not is_failure(UsageError("a finite patience"))
+    steps.fails = lambda step, folder: None
+    steps.done.clear()
+    run(out)
+    assert steps.done[:2] == ["encode seed0", "diffusion seed0"], "what was done before stays"
+
+
+def test_a_report_of_what_is_finished(out, steps):
+    def stop(step: str, folder: Path) -> None:
+        if step == "measure diffusion" and folder.name.endswith("seed1"):
+            raise Stopped("stopped by a test")
+
+    with pytest.raises(WavelatentError, match="no cell is finished"):
+        run(out, report_only=True)
+    assert not out.exists()
+    steps.fails = stop
+    with pytest.raises(Stopped):
+        run(out)
+    assert not (out / "results.json").exists()
+    steps.fails = lambda step, folder: pytest.fail("nothing is done for a report")
+    result = run(out, report_only=True)
+    assert states(result) == ["finished", "finished", "trained", "new"]
+    record = json.loads((out / "results.json").read_text())
+    assert [(cell["variant"], cell["seed"]) for cell in record["cells"]] == [("plain", 0), ("unwhitened", 0)]
+    assert record["setting"]["unfinished"] == [
+        {"variant": "plain", "seed": 1, "state": "trained"},
+        {"variant": "unwhitened", "seed": 1, "state": "new"},
+    ]
+    assert "2 of 4 cells are not in it yet" in describe(result)
+    cell = record["cells"][0]
+    assert cell["metrics"] == {"rfid": 2.0, "fid": 4.0, "kid_mean": 0.5}
+    assert cell["health"] == {"scale.std": 2.0, "scale.rank": 2.0}
+    assert cell["verdicts"] == ["scale: note", "scale: fault"]
+    assert (cell["cost"]["diffusion_seconds"], cell["cost"]["evaluation_seconds"]) == (7.0, 22.0)
+    assert str(out) not in (out / "results.json").read_text()
+
+
+def test_an_autoencoder_that_another_process_holds_is_waited_for_when_nothing_else_is_left(out, steps, monkeypatch):
+    run(out, shard=(3, 4), options=RuntimeOptions(device="cpu"))  # so that the data, and with it the names, are there
+    held = out / run(out, dry_run=True)["cells"][0]["autoencoder"]
+    lock = FileLock(held.with_name(f".{held.name}.lock"), thread_local=False)
+    lock.acquire()
+    done_by_then = []
+
+    def release(seconds: float) -> None:
+        done_by_then.extend(steps.done)
+        lock.release()
+
+    monkeypatch.setattr(cells_module.time, "sleep", release)
+    steps.done.clear()
+    assert run(out)["complete"]
+    assert done_by_then == [f"{step} seed1" for step in DIFFUSION], "the fourth cell was done by the shard"
+    assert steps.done == [*done_by_then, *(f"{step} seed0" for step in [*AUTOENCODER, *DIFFUSION, *DIFFUSION])]
+
+
+def test_no_time_left_stops_before_the_first_cell(out, steps):
+    with pytest.raises(Stopped, match="run the same command again"):
+        run(out, options=RuntimeOptions(device="cpu", max_minutes=-1))
+    assert steps.done == []
+
+
+def test_a_dry_run_lists_and_estimates_and_writes_nothing(out, steps, monkeypatch, capsys):
+    monkeypatch.setattr(study_estimate, "time_autoencoder", lambda *_: 0.5)
+    monkeypatch.setattr(study_estimate, "time_diffusion", lambda *_: 0.25)
+    monkeypatch.setattr(study_estimate, "convolution_rate", lambda *_: 1e9)
+    new = run(out, dry_run=True)
+    assert not out.exists()
+    assert steps.done == []
+    assert states(new) == ["new"] * 4
+    seconds = new["estimate"]["seconds"]
+    assert seconds["autoencoder: train"] == 2 * 2 * 0.5
+    assert seconds["diffusion: train"] == 4 * 2 * 0.25
+    assert new["estimate"]["speeds"] == {"measured": 0, "timed": 6, "operations": 0}
+    shape, count = networks().latent_shape, 12
+    assert shape == (4, 8, 8)
+    # two autoencoders, mean and standard deviation in float32, no mirror images
+    assert new["estimate"]["disk_bytes"]["latents"] == 2 * count * 4 * 8 * 8 * 2 * 4
+    images = 5 * (2 * networks().denoise_flops + networks().decode_flops + study_estimate.INCEPTION_FLOPS)
+    assert seconds["diffusion: measure"] == pytest.approx(4 * images / 1e9)
+    monkeypatch.setattr(study_estimate, "AFFORDABLE_SECONDS", 0.0)
+    counted = run(out, dry_run=True)["estimate"]
+    assert counted["speeds"] == {"measured": 0, "timed": 0, "operations": 6}
+    # forward once and backward twice, of a batch of 4
+    assert counted["seconds"]["diffusion: train"] == pytest.approx(4 * 2 * 3 * 4 * networks().denoise_flops / 1e9)
+    assert "lower bound" in describe(run(out, dry_run=True))
+    run(out, "seeds=[0]")
+    part = run(out, dry_run=True)
+    assert states(part) == ["finished", "finished", "new", "new"]
+    seconds = part["estimate"]["seconds"]
+    assert part["estimate"]["speeds"] == {"measured": 3, "timed": 0, "operations": 0}
+    assert seconds["diffusion: train"] == 2 * 7.0
+    assert seconds["diffusion: measure"] == 2 * 11.0
+    assert len(run(out, dry_run=True, shard=(0, 2))["cells"]) == 2
+
+
+def test_a_configuration_that_was_changed_after_the_first_start_is_kept_and_named(out):
+    run(out)
+    first = (out / "config.yaml").read_text()
+    result = run(out, "rule.level=0.1")
+    assert (out / "config.1.yaml").read_text() == first
+    record = json.loads(Path(result["results"]).read_text())
+    assert record["setting"]["changed_since_the_first_start"] == ["rule"]
+    assert record["config"]["rule"]["level"] == 0.1
+
+
+def test_a_measurement_of_something_else_is_made_again(out, steps):
+    run(out)
+    steps.done.clear()
+    run(out, "evaluation.num_samples=6")
+    assert steps.done == [f"measure diffusion seed{seed}" for seed in (0, 0, 1, 1)]
+
+
+def test_data_that_was_prepared_need_not_be_there_any_more(out, tmp_path):
+    from PIL import Image
+
+    source = tmp_path / "images"
+    source.mkdir()
+    for number in range(12):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(source / f"{number}.png")
+    data = f"data.train={source}"
+    result = run(out, data)
+    for file in source.iterdir():
+        file.unlink()
+    source.rmdir()
+    again = run(out, data)
+    assert again == result
+    assert json.loads((out / "results.json").read_text())["config"]["data"]["train"] == "images"
+
+
+def cells_of(config: StudyConfig, precision: str = "no") -> list:
+    data = StudyData(UnpreparedImages("synthetic:5", 16), UnpreparedImages("synthetic:4", 16))
+    return make_study_cells(config, make_variants(config), Path("root"), data, precision)
+
+
+def names_of(*overrides: str, precision: str = "no") -> tuple[str, str]:
+    cell = cells_of(tiny_config(*overrides), precision)[0]
+    return cell.autoencoder.folder.name, cell.diffusion.folder.name
+
+
+def test_a_task_is_named_by_what_decides_its_result():
+    autoencoder, diffusion = names_of()
+    assert names_of("autoencoder.train.keep=1", "diffusion.train.log_every=9", "rule.level=0.1") == (
+        autoencoder,
+        diffusion,
+    )
+    of_stage_two = [names_of("diffusion.train.steps=3"), names_of("flips=true")]
+    assert [name for name, _ in of_stage_two] == [autoencoder] * 2
+    of_both = [names_of("autoencoder.model.channels=5"), names_of(precision="bf16")]
+    assert autoencoder not in {name for name, _ in of_both}
+    assert len({diffusion, *(name for _, name in [*of_stage_two, *of_both])}) == 5
+    assert names_of("seeds=[3]") == (autoencoder.replace("seed0", "seed3"), diffusion.replace("seed0", "seed3"))
+
+
+def test_seeds_reach_both_stages_and_tasks_are_listed_once():
+    cells = cells_of(tiny_config())
+    assert [(task.stage, task.seed, task.config.seed) for task in tasks_of(cells)] == [
+        (stage, seed, seed) for seed in (0, 1) for stage in ("autoencoder", "diffusion", "diffusion")
+    ]
+
+
+def test_processes_that_were_launched_together_do_what_the_main_one_decides(out, steps, tmp_path):
+    def work() -> None:
+        signal.alarm(PATIENCE)
+        result = run(out, "seeds=[0]")
+        (tmp_path / f"{PartialState().process_index}.json").write_text(json.dumps([steps.done, result]))
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(work, num_processes=2)
+    (done, result), (followed, same) = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert done == [f"{step} seed0" for step in [*AUTOENCODER, *DIFFUSION, *DIFFUSION]]
+    assert followed == [step for step in done if not step.startswith("diagnose")], "which one process does"
+    assert result == same
+    assert result["complete"]
+
+
+def test_several_processes_make_no_estimate(out, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="without accelerate launch"):
+        run(out, dry_run=True)
