@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked_commands import ForkedCommands
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_diffusion_run import H, W, random_model, write_autoencoder, write_run
@@ -30,7 +29,6 @@ from wavelatent.stage2_diffusion.generation import draw_labels, generate_latents
 from wavelatent.stage2_diffusion.samplers import SAMPLERS
 from wavelatent.stage2_diffusion.sampling import Sampling
 
-ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 2
 SHORT = Sampling("euler", 2)
 OPTIONS = SampleOptions(SHORT, pass_rows=4)
@@ -66,7 +64,7 @@ def read(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_files_are_equal_to_the_bit_for_any_batch_size_order_and_number_of_processes(
-    run: Path, tmp_path: Path, precision: str
+    run: Path, tmp_path: Path, precision: str, forked_commands: ForkedCommands
 ) -> None:
     options = SampleOptions(SHORT, mixed_precision=precision, pass_rows=4)  # type: ignore[arg-type]
     seeds = [*range(9), 1234567]
@@ -76,16 +74,15 @@ def test_the_files_are_equal_to_the_bit_for_any_batch_size_order_and_number_of_p
     for size in (1, 3):
         sample(run, tmp_path / str(size), seeds[::-1], options, device="cpu", batch_size=size)
         assert files(tmp_path / str(size)) == expected
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
     command = [
-        *torchrun, ROOT / "cli.py", "sample", "--run", run, "--out", tmp_path / "two", "--seeds", "0-8,1234567",
-        "--sampler", "euler", "--steps", 2, "--mixed-precision", precision, "--pass-rows", 4, "--device", "cpu",
-        "--batch-size", 3, "--npz", tmp_path / "two.npz", "--json",
+        "sample", "--run", run, "--out", tmp_path / "two", "--seeds", "0-8,1234567", "--sampler", "euler", "--steps", 2,
+        "--mixed-precision", precision, "--pass-rows", 4, "--device", "cpu", "--batch-size", 3,
+        "--npz", tmp_path / "two.npz", "--json",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=300)
-    assert files(tmp_path / "two") == expected, done.stderr
-    assert json.loads(done.stdout)["written"] == 10  # printed once
+    said = tmp_path / "said"
+    assert forked_commands.run(command, said, processes=2) == [0, 0], (said / "0.err").read_text()
+    assert files(tmp_path / "two") == expected
+    assert [json.loads((said / "0.out").read_text())["written"], (said / "1.out").read_text()] == [10, ""]
     records = [json.loads((tmp_path / name / "samples.json").read_text()) for name in ("all", "two")]
     assert records[0] == records[1]
     with np.load(tmp_path / "two.npz") as archive:
