@@ -49,7 +49,8 @@ def markdown(
         "## Run it again",
         f"```bash\n{command_line(config, setting)}\n```",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    return text.replace("<", "&lt;")  # what a configuration says is text, not a tag
 
 
 def verdict_table(config: StudyConfig, analysis: Analysis, records: Sequence[CellRecord]) -> str:
@@ -59,7 +60,7 @@ def verdict_table(config: StudyConfig, analysis: Analysis, records: Sequence[Cel
     rows = [["claim", f"verdict {AT_THIS_SCALE}", "effect [simultaneous interval]", "seeds", "images per cell"]]
     for claim in claim_rows(config, analysis, records):
         told = "; ".join(f"{part.what}: {part.effect}" for part in claim.parts)
-        rows.append([claim.statement, f"**{claim.verdict}**", told, claim.seeds, claim.images])
+        rows.append([" ".join(claim.statement.split()), f"**{claim.verdict}**", told, claim.seeds, claim.images])
     return grid(rows)
 
 

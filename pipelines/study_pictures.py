@@ -117,9 +117,17 @@ def _of_other_weights(writer: SampleWriter) -> bool:
     return False
 
 
+def own_autoencoders(cells: Sequence[CellRuns]) -> list[CellRuns]:
+    """Return the cells without those whose autoencoder an earlier one has."""
+    first: dict[Any, CellRuns] = {}
+    for cell in cells:
+        first.setdefault(cell.record.folders.get("autoencoder", id(cell)), cell)
+    return list(first.values())
+
+
 def stage_one_curves(cells: Sequence[CellRuns], looks: Mapping[str, Style]) -> list[Figure]:
-    """Return a plot of PSNR and of every loss that the autoencoders logged."""
-    runs = [(cell.record.variant, cell.first) for cell in cells if cell.first is not None]
+    """Return a plot of PSNR and of every loss that the autoencoders logged; a shared one is its first variant's."""
+    runs = [(cell.record.variant, cell.first) for cell in own_autoencoders(cells) if cell.first is not None]
     logged = dict.fromkeys(name for _, run in runs for line in run.curves for name in line if name.startswith("loss/"))
     return _curves(runs, ["psnr", *sorted(logged, key=lambda name: (name != "loss/total", name))], looks)
 
@@ -133,14 +141,12 @@ def stage_two_curves(cells: Sequence[CellRuns], looks: Mapping[str, Style]) -> l
 def _curves(runs: Sequence[tuple[str, Run]], names: Sequence[str], looks: Mapping[str, Style]) -> list[Figure]:
     figures = []
     for name in names:
-        lines: dict[str, dict[Path, Points]] = {}
+        lines: dict[str, list[Points]] = {}
         for variant, run in runs:
             if points := run.logged(name):
-                lines.setdefault(variant, {})[run.path] = points
+                lines.setdefault(variant, []).append(points)
         if lines:
-            by_variant = {variant: list(found.values()) for variant, found in lines.items()}
-            log = "" if name == "psnr" else "y"
-            figures.append(curves(TITLES.get(name, name), by_variant, looks, log=log))
+            figures.append(curves(TITLES.get(name, name), lines, looks, log="" if name == "psnr" else "y"))
     return figures
 
 
@@ -149,24 +155,23 @@ def spectra(cells: Sequence[CellRuns], looks: Mapping[str, Style]) -> Figure | N
 
     Where a cell has no health report, its spectrum is computed from latents of its cache.
     """
-    lines: dict[str, dict[str, Points]] = {}
+    lines: dict[str, list[Points]] = {}
     images: Points = []
-    for cell in cells:
+    for cell in own_autoencoders(cells):
         figures = _health_figures(cell.first, "spectrum")
         points = _shares(figures.get("frequencies"), figures.get("power")) or _from_cache(cell.second)
         if points:
-            place = cell.record.folders.get("autoencoder", str(cell.record.seed))
-            lines.setdefault(cell.record.variant, {})[place] = points
+            lines.setdefault(cell.record.variant, []).append(points)
         images = images or _shares(figures.get("frequencies"), figures.get("image_power"))
     if not lines:
         return None
     return curves(
         "Power by spatial frequency, normalised",
-        {variant: list(found.values()) for variant, found in lines.items()},
+        lines,
         looks,
         ("cycles per latent site", "share of power"),
         log="xy",
-        reference=("images" if images else "", images) if images else None,
+        reference=("images", images) if images else None,
     )
 
 

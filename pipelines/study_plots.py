@@ -6,13 +6,14 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .health_plots import plain_ticks
 from .report_figures import Canvas, Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
 Interval = tuple[float, float]
@@ -40,7 +41,7 @@ class Style:
 
     colour: str
     marker: str
-    line: str
+    line: Literal["-", "--"]
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,9 @@ def _ratio_ticks(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
     if high / low > 6:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        marks = [step * 10.0**power for power in decades for step in (1, 2, 5)]
+        marks: Sequence[float] = [step * 10.0**power for power in decades for step in (1, 2, 5)]
     else:
-        marks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high).tolist()
+        marks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     axes.xaxis.set_major_locator(FixedLocator([mark for mark in marks if low <= mark <= high]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
@@ -183,7 +184,7 @@ def _name_beside(canvas: Canvas, places: Mapping[str, tuple[float, float]]) -> N
     """Write every name beside its point, on the side where it covers the least."""
     from matplotlib.transforms import Bbox
 
-    canvas.figure.canvas.draw()  # only now is it known where points are
+    canvas.figure.draw_without_rendering()  # only now is it known where points are
     axes = canvas.axes
     inside = axes.get_window_extent()
     centres = {name: axes.transData.transform(place) for name, place in places.items()}
@@ -211,7 +212,7 @@ def _name_beside(canvas: Canvas, places: Mapping[str, tuple[float, float]]) -> N
         taken.append(best[2])
 
 
-def _beside(axes: Axes, name: str, place: tuple[float, float], side: tuple[int, int, str]):  # type: ignore[no-untyped-def]
+def _beside(axes: Axes, name: str, place: tuple[float, float], side: tuple[int, int, str]) -> Annotation:
     x, y, align = side
     text = axes.annotate(name, place, (x, y), textcoords="offset points", ha=align, fontsize=7.5)
     text.set_in_layout(False)  # or the axes would make room for it, and points move

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import write_atomically
-from .metric_columns import METRICS
+from .metric_columns import METRICS, Column
 from .pages import render
 from .report_figures import Figure
 from .report_latents import distinct_latents, latents_of
@@ -41,6 +41,7 @@ from .study_tables import (
     effect_rows,
     interaction_rows,
     is_better,
+    is_empty,
     level_table,
     metric_cells,
     network_table,
@@ -108,14 +109,13 @@ def write_report(
         recipe=recipe_tables(variants),
         names=[variant.name for variant in variants],
         rule=analysis.rule,
-        metrics=_metric_tables(variants, analysis, records),
+        metrics=[(*head, metric_cells(variants, analysis, records, names)) for *head, names in _columns(analysis)],
         health=_health_table(variants, cells),
         costs=cost_table(records),
         cost_lines=cost_lines(records),
-        effect_metrics=[METRICS[name] for name in shown_metrics(analysis)],
-        effects=effect_rows(analysis.effects, shown_metrics(analysis)),
+        effects=[(*head, effect_rows(analysis.effects, names)) for *head, names in _columns(analysis)],
         forests=_with_uris(_forests(analysis)),
-        interactions=interaction_rows(analysis.interactions, shown_metrics(analysis)),
+        interactions=[(*head, interaction_rows(analysis.interactions, names)) for *head, names in _columns(analysis)],
         predictors=_in_two(predictor_table(analysis.predictors)),
         rfid=predictor_table(analysis.rfid_against_gfid),
         scatters=_with_uris(_scatters(analysis, looks)),
@@ -138,16 +138,10 @@ def write_report(
     write_atomically(folder / SUMMARY, shorten(markdown(config, variants, records, analysis, setting), known))
 
 
-def _metric_tables(
-    variants: Sequence[Variant], analysis: Analysis, records: Sequence[CellRecord]
-) -> list[tuple[str, list[Any], dict[str, Any]]]:
-    tables = []
-    for stage, heading in SECTIONS.items():
-        metrics = shown_metrics(analysis, stage)
-        if metrics:
-            found = metric_cells(variants, analysis, records, metrics)
-            tables.append((heading, [METRICS[name] for name in metrics], found))
-    return tables
+def _columns(analysis: Analysis) -> list[tuple[str, list[Column], list[str]]]:
+    """Return the heading, the columns and the metrics of the tables of each stage, that of the samples first."""
+    found = {heading: shown_metrics(analysis, stage) for stage, heading in SECTIONS.items()}
+    return [(heading, [METRICS[name] for name in names], names) for heading, names in found.items() if names]
 
 
 def _health_table(variants: Sequence[Variant], cells: Sequence[CellRuns]) -> Table:
@@ -178,9 +172,11 @@ def _forests(analysis: Analysis) -> list[Figure]:
     figures = []
     for metric in shown_metrics(analysis):
         column = METRICS[metric]
+        if column.scale != "ratio":
+            continue
         groups: dict[str, list[Row]] = {}
         for effect in analysis.effects:
-            if column.scale == "ratio" and effect.metric == metric and effect.estimate is not None:
+            if effect.metric == metric and effect.estimate is not None and not is_empty(effect):
                 label = label_lines(effect_label(effect).removeprefix(f"{effect.factor} "))
                 better = is_better(effect, effect.simultaneous or effect.interval)
                 row = Row(label, effect.estimate, effect.interval, effect.simultaneous, better)
@@ -216,7 +212,7 @@ def _latents(shown: Sequence[RunVariant]) -> list[tuple[str, str | None, str, st
     """Return, of every cache and whitening once: the variants, a picture of histograms, its text, and a note."""
     found = distinct_latents(shown, {variant.name: latents_of(variant) for variant in shown})
     return [
-        (name, item.figure and data_uri(item.figure.png), item.figure.alt if item.figure else "", item.note)
+        (name, data_uri(item.figure.png), item.figure.alt, item.note) if item.figure else (name, None, "", item.note)
         for name, item in found.items()
     ]
 

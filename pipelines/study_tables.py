@@ -62,11 +62,12 @@ class MetricCell:
 
 @dataclass(frozen=True)
 class EffectCell:
-    """One effect: estimate and interval, and whether it is for the better, for the worse, or neither for sure."""
+    """One effect: estimate and interval, whether it is for the better, for the worse, or neither for sure; else why."""
 
     text: str
     interval: str = ""
     better: bool | None = None
+    why: str = ""
 
 
 def claim_rows(config: StudyConfig, analysis: Analysis, records: Sequence[CellRecord]) -> list[ClaimRow]:
@@ -135,7 +136,7 @@ def images_of(config: StudyConfig, records: Sequence[CellRecord], metric: str) -
     if METRICS[metric].stage == 2:
         return f"{config.evaluation.num_samples:,} samples"
     found = {found for record in records if (found := _reconstructions(record)) is not None}
-    counts = sorted(found) or [config.evaluation.num_reconstructions]
+    counts: list[int | None] = [*sorted(found)] or [config.evaluation.num_reconstructions]
     return " or ".join("all" if count is None else f"{count:,}" for count in counts) + " reconstructions"
 
 
@@ -207,10 +208,18 @@ def effect_rows(effects: Sequence[Effect], metrics: Sequence[str]) -> dict[str, 
 
 
 def _effect_cell(contrast: Contrast | None) -> EffectCell:
-    if contrast is None or contrast.estimate is None:
-        return EffectCell(NONE, contrast.reason or "" if contrast else "")
-    interval = interval_text(contrast, contrast.interval) or contrast.reason or ""
-    return EffectCell(figure(contrast, contrast.estimate), interval, is_better(contrast, contrast.interval))
+    if contrast is None:
+        return EffectCell(NONE)
+    why = contrast.reason or ""
+    if contrast.estimate is None or is_empty(contrast):
+        return EffectCell(NONE, why=why)
+    better = is_better(contrast, contrast.interval)
+    return EffectCell(figure(contrast, contrast.estimate), interval_text(contrast, contrast.interval), better, why)
+
+
+def is_empty(contrast: Contrast) -> bool:
+    """Return whether both sides are one measurement: of variants that share their autoencoders, of these."""
+    return contrast.interval is not None and contrast.interval[0] == contrast.interval[1]
 
 
 def interaction_rows(interactions: Sequence[Interaction], metrics: Sequence[str]) -> list[tuple[str, list[EffectCell]]]:
@@ -226,7 +235,7 @@ def predictor_table(predictors: Sequence[Predictor]) -> Table:
     """Return rank correlations with metrics of the samples, surest first."""
     rows = [
         [
-            f"{METRICS[one.figure].label if one.figure in METRICS else one.figure.replace('_', ' ')}",
+            METRICS[one.figure].label if one.figure in METRICS else one.figure.replace(".", ": ").replace("_", " "),
             METRICS[one.metric].label,
             signed(one.rho, 2),
             p_text(one.p),

@@ -23,6 +23,7 @@ DARK = "--blink-settings=preferredColorScheme=0"
 OPTIONS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--allow-file-access-from-files",
+    "--enable-logging=stderr",
 ]  # fmt: skip
 # A window cannot be as narrow as a telephone: the page is looked at in a frame that is.
 FRAME = """<!DOCTYPE html><body style="margin:0"><iframe id="frame" src="{page}"
@@ -46,10 +47,11 @@ addEventListener("load", () => {{
 
 @dataclass(frozen=True)
 class Look:
-    """What Chromium shows of a page: where its parts are, as ``[left, top, width, height]``, and its pixels."""
+    """What Chromium shows of a page: where parts are, as ``[left, top, width, height]``, pixels, and its console."""
 
     found: dict[str, Any]
     pixels: np.ndarray
+    console: list[str]
 
     def at(self, left: float, top: float) -> tuple[int, ...]:
         return tuple(self.pixels[round(top), round(left)].tolist())
@@ -73,4 +75,5 @@ def look(page: Path, width: int, folder: Path, *options: str, height: int = HEIG
         return Look(
             json.loads(html.unescape(found[1])),
             np.asarray(image.convert("RGB"))[:, :width],
+            [line for line in done.stderr.splitlines() if ":CONSOLE" in line],
         )

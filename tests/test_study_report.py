@@ -1,12 +1,16 @@
 """The report of a study, from made-up cells: it says what the analysis says, names every gap, and can be passed on."""
 
+import io
 import random
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from browser import look, needs_chromium
 from finished_runs import RECONSTRUCTION, colour, write, write_first, write_samples, write_second
 from html_page import Page, parse
 from PIL import Image
@@ -15,8 +19,11 @@ from wavelatent.pipelines.study_analysis import analyse
 from wavelatent.pipelines.study_config import StudyConfig
 from wavelatent.pipelines.study_design import Variant, make_variants
 from wavelatent.pipelines.study_findings import Analysis
+from wavelatent.pipelines.study_markdown import markdown
+from wavelatent.pipelines.study_plots import Dots, scatter, styles
 from wavelatent.pipelines.study_records import CellRecord
 from wavelatent.pipelines.study_report import write_report
+from wavelatent.pipelines.study_text import total_seconds
 
 CONFIG = StudyConfig.model_validate(
     {
@@ -142,6 +149,12 @@ def made_up() -> tuple[list[Variant], list[CellRecord], Analysis]:
     return variants, cells, analyse(CONFIG, variants, cells)
 
 
+def rows(page: Path) -> list[list[str]]:
+    """Return the rows of all tables."""
+    found = re.findall(r"<tr.*?</tr>", page.read_text(encoding="utf-8"), re.DOTALL)
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in found]
+
+
 def write_cells(root: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Write run folders of cells: training logs, a cache, samples, reconstructions and health reports."""
     for place, seed, variant in [(n, s, v) for s in seeds for n, v in enumerate(names)]:
@@ -162,15 +175,170 @@ def write_cells(root: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
         write_samples(second / "samples-2000", second, range(8))
 
 
+def reported(folder: Path, **options: Any) -> Page:
+    variants, records, analysis = made_up()
+    write_report(folder, CONFIG, variants, records, analysis, SETTING, **options)
+    return parse(folder / "report.html")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study's folder with the run folders of two variants."""
     root = tmp_path_factory.mktemp("study")
     write_cells(root, ["kl-4", "bounded-16"], [0])
+    reported(root)
     return root
 
 
-def reported(folder: Path, **options: Any) -> Page:
+def test_verdicts_come_first_and_say_what_they_rest_on(whole: Path) -> None:
+    page = parse(whole / "report.html")
+    text = " ".join(page.text.split())
+    headings = ["The question", "Verdicts", "Protocol", "Results by variant", "Effects", "Cost", "How to run it again"]
+    places = [page.text.index(f"{heading}\n") for heading in headings]
+    assert places == sorted(places)
+    assert "Do bounded, <wider> latents help?" in text  # escaped: text, not a tag
+    assert "Of 3 claims 1 supported, 1 refuted, 1 inconclusive at this scale" in text
+    (supported, inconclusive, refuted) = made_up()[2].claims
+    for claim in (supported, inconclusive, refuted):
+        assert f"{claim.statement}{claim.reason} {claim.verdict} at this scale" in text
+    effect = supported.parts[0].effect
+    assert effect.simultaneous is not None
+    low, high = effect.simultaneous
+    assert f"KID, bottleneck bounded against kl: ×{effect.estimate:.3f} [{low:.3f}, {high:.3f}] expected better" in text
+    assert "expected no worse than by 5 %: inconclusive" in text
+    assert "2,000 samples; 500 reconstructions" in text
+    assert "The claims make 4 comparisons" in text
+    assert made_up()[2].rule in text
+
+
+def test_every_value_stands_with_its_seed_and_interval(whole: Path) -> None:
+    text = " ".join(parse(whole / "report.html").text.split())
+    _, records, analysis = made_up()
+    for one in records:
+        if one.failed is None:
+            kid, (low, high) = one.metrics["kid_mean"], one.intervals["kid_mean"]
+            assert f"seed {one.seed}: {kid:.5f} [{low:.5f}, {high:.5f}]" in text
+    summary = analysis.variants["bounded-16"]["psnr"]
+    assert f"{summary.mean:.2f} ± {summary.std:.2f}" in text
+    tables = rows(whole / "report.html")
+    assert ["scale: dead channel", "fault 3 of 3", "–", "–", "2 of 2", "fault 3 of 3", "–"] in tables
+    assert ["kl-4", "4 × 8 × 8", "1.23 M", "2.34"] in tables
+    assert ["bounded-16", "bounded", "16", "·", "·"] in tables
+
+
+def test_what_is_missing_is_named(whole: Path) -> None:
+    text = " ".join(parse(whole / "report.html").text.split())
+    assert "kl-16 at seed 2 (diffusion, train: the loss is no longer finite)" in text
+    assert "Not finished when this was written: bounded-4-noise, seed 2." in text
+    assert "– both sides share their autoencoders, which were measured once" in text  # rFID of whitening
+
+
+def test_costs_count_a_shared_autoencoder_once(whole: Path) -> None:
+    _, records, _ = made_up()
+    done = [one for one in records if one.cost]
+    autoencoders = {one.folders["autoencoder"] for one in done}
+    assert len(autoencoders) == len(done) - 3
+    total = total_seconds(records)
+    assert total["autoencoder_seconds"] == 600 * len(autoencoders)
+    assert total["diffusion_seconds"] == 1200 * len(done)
+
+
+def test_it_draws_what_the_folders_hold(whole: Path) -> None:
+    page = parse(whole / "report.html")
+    alts = [image["alt"] or "" for image in page.images]
+    assert sum(alt.startswith("Effects on ") for alt in alts) == 4  # KID, FID, rFID and LPIPS
+    assert any(alt.startswith("rFID against KID") and "bounded-16 at" in alt for alt in alts)
+    assert any(alt.startswith("Training loss over step, a line per seed") and "kl-4 0.05" in alt for alt in alts)
+    assert any(alt.startswith("Power by spatial frequency") for alt in alts)
+    assert [alt for alt in alts if "sampled from" in alt] == [
+        "8 images sampled from kl-4", "8 images sampled from bounded-16"
+    ]  # fmt: skip
+    assert any("encoded and decoded by bounded-16" in alt for alt in alts)
+    assert "those of different latents cannot be compared" in " ".join(page.text.split())
+
+
+def test_photographs_can_be_left_out(tmp_path: Path) -> None:
+    write_cells(tmp_path, ["kl-4"], [0])
+    page = reported(tmp_path, photographs=False)
+    alts = [image["alt"] or "" for image in page.images]
+    assert not [alt for alt in alts if "Original" in alt or "decoded" in alt or "reconstructs worst" in alt]
+    assert [alt for alt in alts if "sampled from" in alt]
+    assert "as they show photographs" in page.text
+
+
+def test_without_folders_the_figures_still_stand_and_are_the_same_again(tmp_path: Path) -> None:
+    def contents() -> list[bytes]:
+        return [(tmp_path / name).read_bytes() for name in ("report.html", "summary.md")]
+
+    page = reported(tmp_path)
+    first = contents()
+    assert page.text.count("The run folders are not here.") == 1
+    assert page.text.count("Nothing was logged, or the run folders are not here.") == 2
+    assert len(page.images) == 4 + 2  # effects, and rFID against KID and FID
+    reported(tmp_path)
+    assert contents() == first
+
+
+def test_it_can_be_passed_on(whole: Path) -> None:
+    for name in ("report.html", "summary.md"):
+        content = (whole / name).read_text(encoding="utf-8")
+        assert "/home/jo" not in content
+        assert str(whole.parent) not in content
+    page = parse(whole / "report.html")
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}
+    for image in page.images:
+        assert (image["src"] or "").startswith("data:image/")
+        assert image["alt"]
+
+
+def test_the_summary_is_well_formed_markdown(tmp_path: Path) -> None:
     variants, records, analysis = made_up()
-    write_report(folder, CONFIG, variants, records, analysis, SETTING, **options)
-    return parse(folder / "report.html")
+    text = markdown(CONFIG, variants, records, analysis, SETTING)
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 4  # verdicts, values, levels, effects
+    for table in tables:
+        rows = table.splitlines()
+        assert set(rows[1]) == {"|", "-"}
+        assert {row.count("|") for row in rows} == {rows[0].count("|")}
+    assert text.startswith("# Bounded & wide\n\nDo bounded, &lt;wider> latents help?\n\n")
+    assert (
+        "| KL latents need no scale. | **refuted** | KID, whitening none against channel (at bottleneck kl): ×" in text
+    )
+    spread = analysis.variants["kl-4"]["kid_mean"]
+    assert f"| kl-4 | {spread.mean:.5f} ± {spread.std:.5f} |" in text
+    assert "wavelatent study config.yaml --data TRAIN --eval-data VALIDATION --mixed-precision bf16 --out OUT" in text
+
+
+def test_one_seed_gives_no_intervals_and_no_error(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"seeds": (0,)})
+    variants = made_up()[0]
+    records = [record(variant, 0) for variant in variants]
+    analysis = analyse(config, variants, records)
+    text = markdown(config, variants, records, analysis, {})
+    assert "Of 3 claims 3 inconclusive at this scale: 6 variants, 1 seed, 6 of 6 cells" in text
+    assert "one seed has no spread" in text
+    assert "±" not in text.split("## Effects")[0].split("Mean ±")[1].split("deviation over seeds.")[1]
+
+
+@pytest.mark.parametrize("name", ["a", "a long name of a variant"])
+def test_names_of_points_stay_inside_the_plot(name: str) -> None:
+    dots = {f"{name} {n}": Dots([(x, y)], (x, y), (x, x), (y, y)) for n, (x, y) in enumerate([(0, 0), (0, 1), (1, 0)])}
+    figure = scatter("Title", dots, ("x", "y"), styles(list(dots)))
+    with Image.open(io.BytesIO(figure.png)) as image:
+        pixels = np.asarray(image.convert("L"))
+    assert pixels[:, -3:].min() > 200  # nothing is cut at the right edge
+    assert f"{name} 1 at 0 and 1" in figure.alt
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_fits_a_desk_and_a_telephone(whole: Path, width: int, tmp_path: Path) -> None:
+    seen = look(whole / "report.html", width, tmp_path)
+    assert seen.found["width"] <= width
+    assert seen.found["bleeding"] == []
+    assert seen.found["broken"] == 0
+    assert seen.console == []
+    assert len(seen.found["rows"]) == 2 + 3 + 2  # samples, originals and reconstructions, the worst
+    for left, _, side, _ in seen.found["plots"][:4]:
+        assert left >= 0
+        assert left + side <= width  # forest plots shrink to the page
