@@ -12,7 +12,8 @@ Everything goes on by the same command, and what is finished is left alone. Proc
 share the cells by locks; ``accelerate launch`` or ``torchrun`` puts several processes to work on one cell at a time. On
 machines without a file system in common give each a ``--shard``, then copy the folders together (names never clash, as
 each is named by what is computed in it) and run the command once more with ``--report-only``. There an autoencoder that
-cells of two shards need is trained by each; it has the same name, and either copy will do.
+cells of two shards need is trained by each; it has the same name, and either copy will do. Copy what is finished: a
+latent cache knows its autoencoder by an absolute path, so that a cell goes on only where it was begun.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def study(
 
     Returns:
         ``{"study", "cells": [{"variant", "seed", "state", "autoencoder", "diffusion"}], "complete": bool}``, where
-        ``state`` is ``new``, ``started``, ``trained``, ``finished`` or ``failed``. After a dry run also ``estimate``;
-        where there are results also their paths ``results``, ``summary`` and ``report``, and ``claims``, the verdict by
-        name.
+        ``state`` is ``new``, ``started``, ``trained``, ``finished`` or ``failed``. After a dry run also ``estimate``,
+        and of each cell ``shares_with``, the variants with the same autoencoder; where there are results also their
+        paths ``results``, ``summary`` and ``report``, and ``claims``, the verdict by name.
 
     Raises:
         UsageError: the configuration is at fault, there is no data, or the data cannot serve.
@@ -260,15 +261,15 @@ def _without_result(do: Callable[[], object]) -> None:
 
 def _finish(plan: Plan, report_only: bool) -> dict[str, Any]:
     """Write the results where all cells are there, or those that are where that was asked for."""
-    listed = plan.listed()
-    result = {
-        "study": str(plan.out),
-        "cells": listed,
-        "complete": all(cell["state"] in FINAL_STATES for cell in listed),
-    }
+    result = _summary(plan, plan.listed())
     if not (result["complete"] or report_only):
         return result
     return {**result, **write_results(plan, again=report_only)}
+
+
+def _summary(plan: Plan, listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    complete = all(cell["state"] in FINAL_STATES for cell in listed)
+    return {"study": str(plan.out), "cells": listed, "complete": complete}
 
 
 def write_results(plan: Plan, *, again: bool) -> dict[str, Any]:
@@ -308,13 +309,17 @@ def _dry_run(plan: Plan, shard: tuple[int, int]) -> dict[str, Any]:
     from .study_estimate import estimate
 
     mine = take_shard(plan.cells, shard)
-    listed = plan.listed(mine)
+    listed = [{**cell, "shares_with": _sharing(cell, plan.listed(mine))} for cell in plan.listed(mine)]
     return {
-        "study": str(plan.out),
-        "cells": listed,
-        "complete": all(cell["state"] in FINAL_STATES for cell in listed),
+        **_summary(plan, listed),
         "estimate": estimate(tasks_of(mine), plan.bench, plan.networks).as_dict(),
     }
+
+
+def _sharing(cell: Mapping[str, Any], listed: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the other variants that have the cell's autoencoder."""
+    same = [other["variant"] for other in listed if other["autoencoder"] == cell["autoencoder"]]
+    return [variant for variant in same if variant != cell["variant"]]
 
 
 def describe(result: Mapping[str, Any]) -> str:
@@ -326,7 +331,11 @@ def describe(result: Mapping[str, Any]) -> str:
         left = sum(cell["state"] not in FINAL_STATES for cell in cells)
         partial = [f"{left} of {len(cells)} cells are not in it yet"] if left else []
         return "\n".join([*verdicts, *failed, *partial, f"the report is {result['report']}"])
-    lines = [f"{c['state']:8}  {c['variant']}, seed {c['seed']}: {c['autoencoder']}, {c['diffusion']}" for c in cells]
+    lines = [
+        f"{c['state']:8}  {c['variant']}, seed {c['seed']}: {c['autoencoder']}, {c['diffusion']}"
+        + (f" (autoencoder shared with {', '.join(c['shares_with'])})" if c.get("shares_with") else "")
+        for c in cells
+    ]
     left = sum(cell["state"] not in FINAL_STATES for cell in cells)
     lines.append(f"{left} of {len(cells)} cells are still to be trained or measured")
     if "estimate" in result:

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import tempfile
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from wavelatent.pipelines.study_config import StudyConfig
 from wavelatent.pipelines.study_data import StudyData, UnpreparedImages
 from wavelatent.pipelines.study_design import make_variants
 from wavelatent.pipelines.study_networks import Networks, networks_of
+from wavelatent.pipelines.study_timing import TIMED_STEPS, convolution_rate, time_autoencoder, time_diffusion
 
 CPU = RuntimeOptions(device="cpu")
 AUTOENCODER = ["autoencoder", "measure autoencoder", "diagnose", "encode"]
@@ -179,6 +182,8 @@ def test_a_dry_run_lists_and_estimates_and_writes_nothing(out, steps, monkeypatc
     assert not out.exists()
     assert steps.done == []
     assert states(new) == ["new"] * 4
+    assert [cell["shares_with"] for cell in new["cells"]] == [["unwhitened"], ["plain"]] * 2
+    assert "(autoencoder shared with plain)" in describe(new)
     seconds = new["estimate"]["seconds"]
     assert seconds["autoencoder: train"] == 2 * 2 * 0.5
     assert seconds["diffusion: train"] == 4 * 2 * 0.25
@@ -283,6 +288,19 @@ def test_processes_that_were_launched_together_do_what_the_main_one_decides(out,
     assert followed == [step for step in done if not step.startswith("diagnose")], "which one process does"
     assert result == same
     assert result["complete"]
+
+
+def test_steps_are_timed_on_noise_and_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    recipe = make_variants(tiny_config("autoencoder.train.steps=9", "diffusion.train.steps=9"))[0].recipe
+    begin = time.monotonic()
+    seconds = [
+        time_autoencoder(recipe.autoencoder, 16, CPU),
+        time_diffusion(recipe.diffusion, networks().latent_shape, 0, CPU),
+    ]
+    assert 0 < TIMED_STEPS * sum(seconds) < time.monotonic() - begin
+    assert convolution_rate("cpu", "no") > 1e6
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_several_processes_make_no_estimate(out, monkeypatch):
