@@ -10,16 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from browser import look, needs_chromium
 from finished_runs import RECONSTRUCTION, colour, write, write_first, write_samples, write_second
 from html_page import Page, parse
 from PIL import Image
+from tiny_diffusion_run import random_model, write_autoencoder, write_run
 
+from wavelatent.common.run_folder import save_model_folder
+from wavelatent.pipelines.report_runs import Run
+from wavelatent.pipelines.report_runs import Variant as RunVariant
 from wavelatent.pipelines.study_analysis import analyse
-from wavelatent.pipelines.study_config import StudyConfig
+from wavelatent.pipelines.study_config import StudyConfig, StudyEvaluationConfig
 from wavelatent.pipelines.study_design import Variant, make_variants
 from wavelatent.pipelines.study_findings import Analysis
 from wavelatent.pipelines.study_markdown import markdown
+from wavelatent.pipelines.study_pictures import radial_power, with_samples
 from wavelatent.pipelines.study_plots import Dots, scatter, styles
 from wavelatent.pipelines.study_records import CellRecord
 from wavelatent.pipelines.study_report import write_report
@@ -313,11 +319,43 @@ def test_one_seed_gives_no_intervals_and_no_error(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"seeds": (0,)})
     variants = made_up()[0]
     records = [record(variant, 0) for variant in variants]
-    analysis = analyse(config, variants, records)
-    text = markdown(config, variants, records, analysis, {})
+    write_report(tmp_path, config, variants, records, analyse(config, variants, records), {})
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert "Of 3 claims 3 inconclusive at this scale: 6 variants, 1 seed, 6 of 6 cells" in text
     assert "one seed has no spread" in text
     assert "±" not in text.split("## Effects")[0].split("Mean ±")[1].split("deviation over seeds.")[1]
+
+
+def test_samples_are_drawn_once_where_there_are_none(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", write_autoencoder(tmp_path / "autoencoder"))
+    evaluation = StudyEvaluationConfig(num_samples=3, steps=1, pass_rows=3)
+
+    def drawn() -> dict[Path, tuple[int, bytes]]:
+        variant = RunVariant(None, Run.read(run), "one")
+        (found,) = with_samples([variant], seed=2, evaluation=evaluation, device="cpu")
+        assert found.second is not None
+        (folder,) = found.second.sample_folders
+        return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in sorted(folder.glob("*.png"))}
+
+    first = drawn()
+    assert [file.stem for file in first] == ["000006", "000007", "000008"]  # the first that were evaluated at seed 2
+    assert drawn() == first
+    save_model_folder(random_model(1), run / "model")
+    again = drawn()
+    assert again.keys() == first.keys()
+    assert all(again[file][1] != first[file][1] for file in first)  # of other weights, so drawn anew
+    given = write_samples(run / "samples-2000", run, range(3))
+    variant = RunVariant(None, Run.read(run), "one")
+    (left,) = with_samples([variant], seed=2, evaluation=evaluation, device="cpu")
+    assert left.second is variant.second  # what is there is shown
+    assert given in left.second.sample_folders
+
+
+def test_the_spectrum_of_white_noise_is_flat() -> None:
+    points = radial_power(torch.randn(300, 2, 6, 9, generator=torch.Generator().manual_seed(0)))
+    shares = [share for _, share in points]
+    assert sum(shares) == pytest.approx(1)
+    assert shares == pytest.approx([1 / len(shares)] * len(shares), rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["a", "a long name of a variant"])
