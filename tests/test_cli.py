@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -210,25 +208,3 @@ def test_an_unexpected_error_is_one_line_that_names_the_way_to_the_traceback(run
     assert err == "error: LookupError: a bug of ours (unexpected: put --debug before the command for the traceback)\n"
     with pytest.raises(LookupError):
         run("--debug", "doctor")
-
-
-def test_sigterm_saves_exits_75_and_the_same_command_goes_on(tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "cli.py"), *AE, "--out", str(out), "train.log_every=1", "--batch-size", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--max-steps", "100000"], stderr=subprocess.PIPE, text=True, env=environment)
-    deadline = time.monotonic() + 240
-    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 75, err
-    assert "stopped by SIGTERM" in err
-    status = json.loads((out / "status.json").read_text())
-    assert status["state"] == "stopped"
-    assert (out / "checkpoints" / f"checkpoint-{status['step']}").is_dir()
-    step = status["step"] + 2
-    done = subprocess.run([*command, "--max-steps", str(step)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, step + 1))

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from torch.utils.data import DataLoader
 
+import cli
 from wavelatent.common.worker_processes import leave_signals_to_parent, started
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,22 +68,38 @@ def is_gone(group_id: int) -> bool:
     return all(state.startswith("Z") for state in states)
 
 
-def test_sigterm_to_the_group_stops_a_training_that_reads_with_workers(tmp_path: Path) -> None:
+def test_sigterm_to_the_group_stops_a_training_that_reads_with_workers_and_the_same_command_goes_on(
+    tmp_path: Path,
+) -> None:
     out = tmp_path / "run"
     train = ["train-ae", "ae-tiny", "objective.lpips.weight=0", "model.encoder.num_res_blocks=1", "train.num_workers=2"]
-    train += ["train.log_every=1", "train.sample_every=0", "--batch-size", "2", "--max-steps", "100000"]
-    with group(
-        ROOT / "cli.py", *train, "--data", "synthetic:16", "--size", "32", "--device", "cpu", "--out", out
-    ) as it:
+    train += [
+        "train.log_every=1",
+        "train.sample_every=0",
+        "--batch-size",
+        "2",
+        "--data",
+        "synthetic:16",
+        "--size",
+        "32",
+    ]
+    train += ["--device", "cpu", "--out", str(out)]
+    with group(ROOT / "cli.py", *train, "--max-steps", "100000") as it:
         wait_until((out / "metrics.jsonl").exists, it)
         os.killpg(it.pid, signal.SIGTERM)
         _, err = it.communicate(timeout=240)
         assert it.returncode == 75, err
         assert "Traceback" not in err
+        assert "stopped by SIGTERM" in err
         status = json.loads((out / "status.json").read_text())
         assert status["state"] == "stopped"
         assert (out / "checkpoints" / f"checkpoint-{status['step']}").is_dir()
         wait_until(lambda: is_gone(it.pid), seconds=60)
+    end = status["step"] + 2
+    done = CliRunner().invoke(cli.cli, [*train, "--max-steps", str(end)])
+    assert done.exit_code == 0, done.output
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, end + 1))
 
 
 def test_ctrl_c_stops_a_prepare_that_decodes_with_workers(tmp_path: Path) -> None:
@@ -98,13 +116,13 @@ def test_ctrl_c_stops_a_prepare_that_decodes_with_workers(tmp_path: Path) -> Non
         wait_until(lambda: is_gone(it.pid), seconds=60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
-def test_workers_outlive_a_signal_and_end_with_their_parent(number: signal.Signals) -> None:
+def test_workers_outlive_signals_and_end_with_their_parent() -> None:
     with group("-c", LOADING, ROOT) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "ready\n", parent.communicate()[1]
         for worker in workers_of(parent):
-            os.kill(worker, number)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(worker, number)
         out, err = parent.communicate("go on", timeout=240)
         assert out == "still reading\n", err
         assert parent.returncode == 1
