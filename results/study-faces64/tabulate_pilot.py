@@ -104,7 +104,9 @@ def draw(runs: list[dict[str, Any]], file: Path) -> None:
             label = f"{run['size']} px, {run['autoencoder steps']:,} steps of stage one"
             axes.plot([p[against] for p in points], [p[name] for p in points], marker=".", label=label)
         axes.set(xlabel="steps" if against == "step" else "minutes of training", ylabel=LABELS[name])
-        axes.grid(alpha=0.3)
+        if name == "quick_kid":
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
     panels.flat[0].legend(fontsize="small")
     figure.savefig(file, dpi=120)
 
