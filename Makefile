@@ -32,7 +32,7 @@ types: .venv/installed-test
 	MYPYPATH=.cache/typecheck $(BIN)/mypy -p wavelatent
 
 unit: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \

@@ -1,6 +1,7 @@
 """Registers the checkout as the namespace ``wavelatent`` before any test imports it."""
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -31,6 +32,14 @@ def pytest_runtest_setup() -> None:
         gc.collect()
         gc.freeze()
         _modules_set_aside = len(sys.modules)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Write without flushing: a training waits for the disk some twenty times. What must be flushed: test_files.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @lru_cache

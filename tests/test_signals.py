@@ -33,6 +33,15 @@ next(batches)
 print("still reading", flush=True)
 raise RuntimeError("an error whose traceback keeps the loader alive to the end")
 """
+SMALL_SHARDS = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import cli
+from wavelatent.pipelines import prepare
+
+prepare.SHARD_IMAGES = 50
+cli.main()
+"""
 
 
 @contextlib.contextmanager
@@ -105,7 +114,7 @@ def test_sigterm_to_the_group_stops_a_training_that_reads_with_workers_and_the_s
 def test_ctrl_c_stops_a_prepare_that_decodes_with_workers(tmp_path: Path) -> None:
     out = tmp_path / "faces"
     prepare = ["prepare", "--data", "synthetic:1000000", "--size", "16", "--num-workers", "2", "--out", out]
-    with group(ROOT / "cli.py", *prepare) as it:
+    with group("-c", SMALL_SHARDS, ROOT, *prepare) as it:
         wait_until((out / "images-00000.npy").exists, it)
         os.killpg(it.pid, signal.SIGINT)
         _, err = it.communicate(timeout=240)
