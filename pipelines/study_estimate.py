@@ -114,7 +114,7 @@ class _Speeds:
             self._note("Measuring takes what it took in cells that are measured.")
             return sum(known) / len(known)
         self._note(
-            f"Measuring is taken to run at the {self.rate / 1e9:,.0f} GFLOP/s of a plain convolution in float32 here, "
+            f"Measuring is taken to run at the {self.rate / 1e9:,.0f} GFLOP/s of a plain convolution in float32 here now, "
             "which networks rarely reach: a lower bound."
         )
         return self._operations(task, step) / self.rate
@@ -134,7 +134,7 @@ class _Speeds:
         self.used["operations"] += 1
         self._note(
             f"Steps that take too long to be timed here are counted as operations, at the "
-            f"{self.training_rate / 1e9:,.0f} GFLOP/s of a plain convolution: a lower bound, without perceptual and "
+            f"{self.training_rate / 1e9:,.0f} GFLOP/s of a plain convolution here now: a lower bound, without perceptual and "
             "adversarial networks."
         )
         return self._step_operations(task) / self.training_rate
