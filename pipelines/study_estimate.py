@@ -114,8 +114,8 @@ class _Speeds:
             self._note("Measuring takes what it took in cells that are measured.")
             return sum(known) / len(known)
         self._note(
-            f"Measuring is taken to run at the {self.rate / 1e9:,.0f} GFLOP/s of a plain convolution in float32 here now, "
-            "which networks rarely reach: a lower bound."
+            f"Measuring is taken to run at the {self.rate / 1e9:,.0f} GFLOP/s of a plain convolution in float32 here "
+            "and now, which networks rarely reach: a lower bound."
         )
         return self._operations(task, step) / self.rate
 
@@ -134,8 +134,8 @@ class _Speeds:
         self.used["operations"] += 1
         self._note(
             f"Steps that take too long to be timed here are counted as operations, at the "
-            f"{self.training_rate / 1e9:,.0f} GFLOP/s of a plain convolution here now: a lower bound, without perceptual and "
-            "adversarial networks."
+            f"{self.training_rate / 1e9:,.0f} GFLOP/s of a plain convolution here and now: a lower bound, without "
+            "perceptual and adversarial networks."
         )
         return self._step_operations(task) / self.training_rate
 
