@@ -10,6 +10,10 @@ class WavelatentError(Exception):
     exit_code = 1
 
 
+class Diverged(WavelatentError):  # noqa: N818 - a state, not a mistake
+    """Something that was trained, or what it makes, is not finite: only another training of it would help."""
+
+
 class UsageError(WavelatentError):
     """A wrong option or configuration; the message names the key and the nearest valid one."""
 

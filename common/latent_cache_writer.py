@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save
 from torch import Tensor
 
-from .errors import UsageError, WavelatentError
+from .errors import Diverged, UsageError, WavelatentError
 from .files import sha256_file, write_atomically
 from .latent_cache import (
     MANIFEST,
@@ -181,7 +181,8 @@ class CacheWriter:
         """Add the posteriors of images ``index [B]`` to shard ``number``, which is written when it is full.
 
         Raises:
-            WavelatentError: at a latent that is not finite, or does not fit in the cache's ``dtype``.
+            Diverged: at a latent that is not finite.
+            WavelatentError: at one that does not fit in the cache's ``dtype``.
         """
         assert (flip_posterior is not None) == self.plan.flips, "mirror images go with flips"
         assert (labels is not None) == (self.plan.data.num_classes > 0), "labels go with num_classes"
@@ -284,7 +285,7 @@ class CacheWriter:
                     f"the {name} of image {image} does not fit in float16 (largest value {largest:.4g}, limit 65504); "
                     "encode with --dtype float32"
                 )
-            raise WavelatentError(
+            raise Diverged(
                 f"the autoencoder's {name} of image {image} is not finite: its training diverged, "
                 "or it needs --mixed-precision no"
             )

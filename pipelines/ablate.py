@@ -17,12 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import Stopped, UsageError, WavelatentError
+from ..common.errors import Diverged, UsageError
 from ..common.evaluation import Result
 from ..common.files import write_atomically
 from ..common.images import ImageData, open_data
 from ..common.inception import FEATURES_NAME
-from ..common.metric_weights import MissingWeightsError
 from ..common.reference_features import choose_images
 from ..common.runtime import RuntimeOptions, StopRequest
 from .ablate_config import AblationConfig
@@ -168,9 +167,7 @@ class _Bench:
         options = replace(self.options, max_minutes=left, overwrite=False)
         try:
             train_autoencoder(cell.config, data=self.data, out=cell.folder, options=options)
-        except (Stopped, UsageError, MissingWeightsError):
-            raise
-        except WavelatentError as error:
+        except Diverged as error:
             return print(f"{number} {cell}: failed: {error}", file=sys.stderr)
         print(f"{number} {cell}: measuring", file=sys.stderr)
         evaluate_reconstruction(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.errors import UsageError, WavelatentError
+from ..common.errors import Diverged, UsageError
 from ..common.evaluation import PSNR_PROTOCOL, SSIM_PROTOCOL
 from ..common.image_metrics import psnr, ssim
 from ..common.images import ImageData, read_batch, to_float, to_uint8
@@ -60,13 +60,13 @@ class Reconstructions:
         """Return originals and reconstructions, uint8 ``[B,3,H,W]`` on the device: all figures are computed there.
 
         Raises:
-            WavelatentError: a reconstruction is not finite, which 8 bits would show as black, and measure.
+            Diverged: a reconstruction is not finite, which 8 bits would show as black, and measure.
         """
         originals = to_uint8(read_batch(self.data, indices).images).to(self.device)
         with autocast(self.device, self.mixed_precision):
             decoded = self.autoencoder.decode(self.autoencoder.encode(to_float(originals)).mode())
         if broken := (~decoded.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist():
-            raise WavelatentError(
+            raise Diverged(
                 f"the reconstruction of image {indices[broken[0]]} is not finite: measure with --mixed-precision no, "
                 "or train the autoencoder again"
             )

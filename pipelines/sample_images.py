@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..common.config import parse_yaml
-from ..common.errors import UsageError, WavelatentError
+from ..common.errors import Diverged, UsageError, WavelatentError
 from ..common.images import to_uint8
 from ..common.runtime import MixedPrecision, autocast, resolve_device
 from ..stage1_autoencoder.autoencoder import Autoencoder
@@ -224,7 +224,7 @@ class ImageSampler:
         filled = torch.cat([latents, latents[-1:].expand(missing, -1, -1, -1)]) if missing else latents
         images = self.decoder.decode(filled).float()
         if not images.isfinite().all():  # 8 bits would show it as black, and measure that
-            raise WavelatentError(
+            raise Diverged(
                 "a sample is not finite: sample with --mixed-precision no, lower --guidance, or train the run again"
             )
         return to_uint8(images).cpu()[: len(latents)]

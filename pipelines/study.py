@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..common.config import dump_yaml, parse_yaml
 from ..common.distributed_features import by_main
-from ..common.errors import UsageError, WavelatentError
+from ..common.errors import Diverged, UsageError, WavelatentError
 from ..common.files import write_atomically
 from ..common.metric_weights import load_weights
 from ..common.runtime import RuntimeOptions, StopRequest, accelerated
 from .cells import Cell, claim, take_shard
-from .study_cells import FINAL_STATES, StudyCell, Task, Workbench, is_failure, make_study_cells, tasks_of
+from .study_cells import FINAL_STATES, StudyCell, Task, Workbench, make_study_cells, tasks_of
 from .study_config import StudyConfig
 from .study_data import StudyData, open_study_data, prepare_study_data
 from .study_design import Variant, make_variants
@@ -245,9 +245,7 @@ def _do(task: Task, names: Sequence[str], label: str, bench: Workbench, team: Te
         team.say(f"{label}: {step.name}")
         try:
             team.decide(partial(_without_result, step.do)) if step.by_main else step.do()
-        except WavelatentError as error:
-            if not is_failure(error):
-                raise
+        except Diverged as error:  # anything else, such as a full disk, would meet every other task too
             team.say(f"{label}: failed: {error}")
             team.decide(partial(bench.fail, task, step.name, error))
             return None

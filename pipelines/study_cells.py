@@ -22,11 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..common.errors import Stopped, UsageError, WavelatentError
+from ..common.errors import Diverged
 from ..common.evaluation import Result
 from ..common.files import write_atomically
 from ..common.latent_cache import MANIFEST
-from ..common.metric_weights import MissingWeightsError
 from ..common.reference_features import choose_images
 from ..common.runtime import RuntimeOptions
 from ..stage2_diffusion.sampling import Sampling
@@ -165,7 +164,7 @@ class Workbench:
         own = read_json(task.folder / FAILURE).get("error")
         return own if own or task.folder == task.autoencoder else self.failure(self._of_autoencoder(task))
 
-    def fail(self, task: Task, step: str, error: WavelatentError) -> None:
+    def fail(self, task: Task, step: str, error: Diverged) -> None:
         """Note that a task cannot be finished."""
         what = " ".join(str(error).split()).partition(": ")[0].replace(str(task.folder), task.folder.name)
         record = {"step": step, "error": f"{task.stage}, {step}: {what}"}
@@ -278,15 +277,6 @@ class Workbench:
                 ),
             ),
         ]
-
-
-def is_failure(error: WavelatentError) -> bool:
-    """Return whether an error is of the task itself, so that other tasks may go on: something in it is not finite.
-
-    Anything else (weights that are missing, a disk that is full) would meet every other task too.
-    """
-    is_ours = isinstance(error, Stopped | UsageError | MissingWeightsError)
-    return not is_ours and "finite" in str(error)  # as training, encode, diagnose and evaluate say it
 
 
 def _is_trained(folder: Path) -> bool:

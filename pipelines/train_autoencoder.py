@@ -27,7 +27,7 @@ def train_autoencoder(config: AutoencoderRunConfig, *, data: ImageData, out: Pat
     """Train, or go on training, the run in ``out``; return False where it was finished already.
 
     Raises :class:`UsageError` for a configuration that does not fit the data or the folder, :class:`Stopped` after
-    SIGTERM, SIGINT or ``max_minutes``, and :class:`WavelatentError` when a loss is no longer finite; all is saved then.
+    SIGTERM, SIGINT or ``max_minutes``, and :class:`Diverged` when a loss is no longer finite; all is saved then.
     """
     config = config.model_copy(update={"model": resolve_pretrained(config.model)})
     initial = None if config.init is None else _initial(config.init, config.model)

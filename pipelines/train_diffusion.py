@@ -32,8 +32,8 @@ def train_diffusion(config: DiffusionRunConfig, *, latents: Path, out: Path, opt
     goes on without them. The run's ``config.yaml`` has the noise shift that ``auto`` came to.
 
     Raises :class:`UsageError` for a configuration that does not fit the cache or the folder, :class:`Stopped` after
-    SIGTERM, SIGINT or ``max_minutes``, and :class:`WavelatentError` for a cache that does not verify, or when the loss
-    is no longer finite; all is saved then.
+    SIGTERM, SIGINT or ``max_minutes``, and :class:`WavelatentError` for a cache that does not verify, and
+    :class:`Diverged` when the loss is no longer finite; all is saved then.
     """
     with (
         StopRequest(options.max_minutes) as stop,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..common.errors import WavelatentError
+from ..common.errors import Diverged
 from ..common.training import Clock, first_non_finite, terms_of_non_finite_gradient
 from ..common.training_state import TrainingState
 
@@ -64,7 +64,7 @@ class StepGuard:
         message = f"{what} is not finite at step {step}"
         run.log_event(step, "not_finite", message)
         self._state.save(clock, "failed")
-        raise WavelatentError(
+        raise Diverged(
             f"{message}: the state before that step is saved in {run.path}; "
             "start again (--overwrite, or another --out) with a lower learning rate or a lower weight of that term"
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..common.errors import Stopped, WavelatentError
+from ..common.errors import Diverged, Stopped
 from ..common.images import save_grid
 from ..common.latent_cache import LatentCache
 from ..common.latent_loader import Prefetched, TrainingLatents, held_out_positions, prefetched
@@ -113,7 +113,7 @@ class DiffusionTrainer:
     def train(self, stop: StopRequest) -> None:
         """Train to the last step.
 
-        Raises :class:`Stopped` when asked to stop and :class:`WavelatentError` where the loss or the gradient is not
+        Raises :class:`Stopped` when asked to stop and :class:`Diverged` where the loss or the gradient is not
         finite; everything is saved then.
         """
         config, main = self.config, self.accelerator.is_main_process
@@ -212,7 +212,7 @@ class DiffusionTrainer:
             terms["gradient_norm"] = norm
         if (bad := first_non_finite(terms)) is not None:
             self.state.save(clock, "failed")
-            raise WavelatentError(
+            raise Diverged(
                 f"{bad} is not finite at step {self.step}: the state before that step is saved in {self.run.path}; "
                 "start again (--overwrite, or another --out) with a lower learning rate or without mixed precision"
             )
