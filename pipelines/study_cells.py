@@ -272,6 +272,7 @@ class Workbench:
                     seeds=self.seeds(task.seed),
                     data=self.data.train.spec,
                     options=self.sample_options,
+                    autoencoder=str(task.autoencoder),  # the cache knows where it was, and the study may have moved
                     batch_size=self.batch_size,
                     device=self.options.device,
                 ),
