@@ -99,9 +99,11 @@ def forest(title: str, groups: Mapping[str, Sequence[Row]], xlabel: str, *, rati
         for group, rows in groups.items():
             labels.append((place, group, True))
             for row in rows:
-                place += LINE * (1 + row.label.count("\n") / 2)
+                more = 0.25 * LINE * row.label.count("\n")
+                place += LINE + more
                 _effect(axes, row, place)
                 labels.append((place, row.label, False))
+                place += more
                 texts.append(f"{group}, {' '.join(row.label.split())}: {_in_words(row)}")
             place += LINE * 1.3
         canvas.figure.set_size_inches(WIDTH, place + 0.95)
@@ -175,32 +177,32 @@ def scatter(title: str, dots: Mapping[str, Dots], labels: tuple[str, str], looks
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.margins(0.14)
         axes.set_title(title, fontsize=10)
-        _name_beside(canvas, {name: of.mean for name, of in dots.items()})
+        _name_beside(canvas, dots)
         png = canvas.png()
     return Figure(title, f"{title}: {labels[1]} over {labels[0]}. {'; '.join(texts)}.", png)
 
 
-def _name_beside(canvas: Canvas, places: Mapping[str, tuple[float, float]]) -> None:
-    """Write every name beside its point, on the side where it covers the least."""
+SIDES = ((6, 4, "left"), (-6, 4, "right"), (6, -11, "left"), (-6, -11, "right"), (0, 9, "center"), (0, -16, "center"))
+"""Where a name may stand: points to the right of and above its dot, and its alignment."""
+
+
+def _name_beside(canvas: Canvas, dots: Mapping[str, Dots]) -> None:
+    """Write every name beside its mean, on the side where it covers the least of points, error bars and other names."""
     from matplotlib.transforms import Bbox
 
     canvas.figure.draw_without_rendering()  # only now is it known where points are
     axes = canvas.axes
     inside = axes.get_window_extent()
-    centres = {name: axes.transData.transform(place) for name, place in places.items()}
-    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in centres.values()]
-    sides = [
-        (6, 4, "left"),
-        (-6, 4, "right"),
-        (6, -11, "left"),
-        (-6, -11, "right"),
-        (0, 9, "center"),
-        (0, -16, "center"),
-    ]
-    for name, place in places.items():
+    taken = []
+    for of in dots.values():
+        corners = [(of.x_interval[0], of.y_interval[0]), of.mean, (of.x_interval[1], of.y_interval[1])]
+        (left, low), (x, y), (right, high) = axes.transData.transform(corners)
+        taken += [Bbox.from_bounds(x - 7, y - 7, 14, 14), Bbox.from_bounds(left, y - 2, right - left, 4)]
+        taken.append(Bbox.from_bounds(x - 2, low, 4, high - low))
+    for name, of in dots.items():
         best: tuple[float, tuple[int, int, str], Bbox] | None = None
-        for side in sides:
-            text = _beside(axes, name, place, side)
+        for side in SIDES:
+            text = _beside(axes, name, of.mean, side)
             box = text.get_window_extent()
             text.remove()
             outside = max(0.0, inside.x0 - box.x0) + max(0.0, box.x1 - inside.x1)
@@ -208,7 +210,7 @@ def _name_beside(canvas: Canvas, places: Mapping[str, tuple[float, float]]) -> N
             if best is None or cost < best[0] - 1e-6:
                 best = cost, side, box
         assert best is not None, "there are sides"
-        _beside(axes, name, place, best[1])
+        _beside(axes, name, of.mean, best[1])
         taken.append(best[2])
 
 

@@ -37,6 +37,7 @@ from .study_tables import (
     Table,
     claim_rows,
     cost_table,
+    distinct_effects,
     effect_label,
     effect_rows,
     interaction_rows,
@@ -153,7 +154,7 @@ def _health_table(variants: Sequence[Variant], cells: Sequence[CellRuns]) -> Tab
         for variant in variants:
             mine = [cell for cell in cells if cell.record.variant == variant.name and cell.record.failed is None]
             found = [cell for cell in mine if finding in cell.record.verdicts]
-            row.append(f"{_worst(finding, found)} {len(found)} of {len(mine)}".strip() if found else "–")
+            row.append(f"{_worst(finding, found)} {len(found)}/{len(mine)}".strip() if found else "–")
         rows.append(row)
     return Table(["finding", *(variant.name for variant in variants)], rows, 1 + len(variants))
 
@@ -170,12 +171,13 @@ def _worst(finding: str, cells: Sequence[CellRuns]) -> str:
 def _forests(analysis: Analysis) -> list[Figure]:
     """Return a plot of the effects on every metric that is compared by ratios."""
     figures = []
+    effects = distinct_effects(analysis.effects)
     for metric in shown_metrics(analysis):
         column = METRICS[metric]
         if column.scale != "ratio":
             continue
         groups: dict[str, list[Row]] = {}
-        for effect in analysis.effects:
+        for effect in effects:
             if effect.metric == metric and effect.estimate is not None and not is_empty(effect):
                 label = label_lines(effect_label(effect).removeprefix(f"{effect.factor} "))
                 better = is_better(effect, effect.simultaneous or effect.interval)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .ablate_tables import signed
@@ -193,10 +193,23 @@ def _bounds(metric: str, intervals: Mapping[str, Sequence[float]]) -> str:
     return f" [{', '.join(_number(metric, bound) for bound in intervals[metric])}]" if metric in intervals else ""
 
 
+def distinct_effects(effects: Sequence[Effect]) -> list[Effect]:
+    """Return the effects without those that a claim restricts to levels at which there are no other pairs anyway.
+
+    What is left of two that are the mean over the same pairs has the interval of both.
+    """
+    found: dict[tuple[str, str, tuple[tuple[str, str], ...]], Effect] = {}
+    for effect in effects:
+        first = found.setdefault((effect.factor, effect.metric, effect.contexts), effect)
+        if first.simultaneous is None and effect.simultaneous is not None:
+            found[effect.factor, effect.metric, effect.contexts] = replace(first, simultaneous=effect.simultaneous)
+    return list(found.values())
+
+
 def effect_rows(effects: Sequence[Effect], metrics: Sequence[str]) -> dict[str, list[tuple[str, list[EffectCell]]]]:
     """Return, by factor, what each level does against another: a label and a cell for every one of ``metrics``."""
     rows: dict[str, dict[str, dict[str, Effect]]] = {}
-    for effect in effects:
+    for effect in distinct_effects(effects):
         rows.setdefault(effect.factor, {}).setdefault(effect_label(effect), {})[effect.metric] = effect
     return {
         factor: [
@@ -253,13 +266,19 @@ def p_text(p: float) -> str:
 
 
 def level_table(config: StudyConfig, variants: Sequence[Variant]) -> Table:
-    """Return what each variant changes: its levels, a dot where a factor is at its base level, which the head names."""
+    """Return what each variant changes: its levels, a dot where a factor is at its base level, which the head names.
+
+    Factors that are at it in all variants are left out.
+    """
     base = {factor: next(iter(levels)) for factor, levels in config.factors.items()}
-    rows = [
-        [variant.name, *("·" if level == base[factor] else level for factor, level in variant.levels.items())]
-        for variant in variants
-    ]
-    return Table(("variant", *(f"{factor} (base: {level})" for factor, level in base.items())), rows, 1 + len(base))
+    varied = [factor for factor in base if any(variant.levels[factor] != base[factor] for variant in variants)]
+
+    def told(variant: Variant, factor: str) -> str:
+        level = variant.levels[factor]
+        return "·" if level == base[factor] else level
+
+    rows = [[variant.name, *(told(variant, factor) for factor in varied)] for variant in variants]
+    return Table(("variant", *(f"{factor} (base: {base[factor]})" for factor in varied)), rows, 1 + len(varied))
 
 
 def recipe_tables(variants: Sequence[Variant]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, list[str]]]]:

@@ -227,15 +227,18 @@ def test_every_value_stands_with_its_seed_and_interval(whole: Path) -> None:
     summary = analysis.variants["bounded-16"]["psnr"]
     assert f"{summary.mean:.2f} ± {summary.std:.2f}" in text
     tables = rows(whole / "report.html")
-    assert ["scale: dead channel", "fault 3 of 3", "–", "–", "2 of 2", "fault 3 of 3", "–"] in tables
+    assert ["scale: dead channel", "fault 3/3", "–", "–", "2/2", "fault 3/3", "–"] in tables
     assert ["kl-4", "4 × 8 × 8", "1.23 M", "2.34"] in tables
     assert ["bounded-16", "bounded", "16", "·", "·"] in tables
 
 
-def test_what_is_missing_is_named(whole: Path) -> None:
+def test_what_is_missing_is_named_and_nothing_stands_twice(whole: Path) -> None:
     text = " ".join(parse(whole / "report.html").text.split())
     assert "kl-16 at seed 2 (diffusion, train: the loss is no longer finite)" in text
     assert "Not finished when this was written: bounded-4-noise, seed 2." in text
+    labels = [row[0] for row in rows(whole / "report.html") if row]
+    assert labels.count("none against channel") == 2  # once per stage: the claim's own restriction changes nothing
+    assert not [label for label in labels if "at bottleneck kl" in label]
     assert "– both sides share their autoencoders, which were measured once" in text  # rFID of whitening
 
 
@@ -278,8 +281,9 @@ def test_without_folders_the_figures_still_stand_and_are_the_same_again(tmp_path
 
     page = reported(tmp_path)
     first = contents()
-    assert page.text.count("The run folders are not here.") == 1
+    assert page.text.count("The run folders are not here.") == 2
     assert page.text.count("Nothing was logged, or the run folders are not here.") == 2
+    assert "None" not in page.text
     assert len(page.images) == 4 + 2  # effects, and rFID against KID and FID
     reported(tmp_path)
     assert contents() == first
