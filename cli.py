@@ -132,6 +132,14 @@ TRAINING = _options(
     DEVICE,
     JSON,
 )
+CELLS = _options(
+    click.option("--shard", default="0/1", show_default=True, help="Work on every n-th cell from the i-th on: i/n."),
+    MINUTES,
+    BATCH,
+    DEVICE,
+    click.option("--seed", type=int, default=None, help="This one only, over the config's seeds."),
+    JSON,
+)
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -437,13 +445,8 @@ def _shard(text: str) -> tuple[int, int]:
 @DATA
 @click.option("--eval-data", required=True, help="The images that are reconstructed and measured.")
 @OUT
-@click.option("--shard", default="0/1", show_default=True, help="Work on every n-th cell from the i-th on: i/n.")
 @click.option("--dry-run", is_flag=True, help="List the cells and stop.")
-@MINUTES
-@BATCH
-@DEVICE
-@click.option("--seed", type=int, default=None, help="This one only, over the config's seeds.")
-@JSON
+@CELLS
 def ablate(
     config: str, overrides: tuple[str, ...], shard: str, out: Path, seed: int | None, as_json: bool, **arguments: Any
 ) -> None:
@@ -466,14 +469,9 @@ def ablate(
 @OUT
 @click.option("--data", default=None, help="The images to train on, over the config's data.train.")
 @click.option("--eval-data", default=None, help="The images to measure on, over the config's data.validation.")
-@click.option("--shard", default="0/1", show_default=True, help="Work on every n-th cell from the i-th on: i/n.")
 @click.option("--dry-run", is_flag=True, help="List the cells with the time and the disk they will take, and stop.")
 @click.option("--report-only", is_flag=True, help="Train nothing; report what is finished.")
-@MINUTES
-@BATCH
-@DEVICE
-@click.option("--seed", type=int, default=None, help="This one only, over the config's seeds.")
-@JSON
+@CELLS
 def study(
     config: str,
     overrides: tuple[str, ...],

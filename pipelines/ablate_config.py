@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, field_validator
 
-from ..common.config import Config, Seed
+from ..common.config import Config, Seeds
 from ..common.lpips_metric import LpipsNet
 from .run_config import AutoencoderRunConfig
 
@@ -23,19 +23,12 @@ class AblationConfig(Config):
     """The recipe that all variants share; usually ``{base: PRESET}``. Its ``seed`` is replaced by the ``seeds``."""
     variants: dict[str, dict[str, Any]] = Field(min_length=2)
     """What each variant changes of the recipe, by its name; ``{}`` changes nothing. The first is the baseline."""
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     """Each decides initial weights, order of images, flips and noise."""
     num_images: int | None = Field(1000, ge=2)
     """Images of the evaluation data that are reconstructed; they are rFID's reference too. None is all of them."""
     lpips_net: LpipsNet = "alex"
     """Of the LPIPS that is reported, whatever the one that is trained with."""
-
-    @field_validator("seeds")
-    @classmethod
-    def _each_seed_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("a seed is given twice")
-        return seeds
 
     @field_validator("variants")
     @classmethod

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from ..common.config import Config, Seed
+from ..common.config import Config, Seeds
 from ..common.lpips_metric import LpipsNet
 from ..stage2_diffusion.samplers import SAMPLERS
 from ..stage2_diffusion.sampling import Grid
@@ -179,18 +179,11 @@ class StudyConfig(Config):
     factors: dict[Name, Annotated[dict[Name, Changes], Field(min_length=1)]] = Field(min_length=1)
     """What is varied: by factor, by level, what the level changes of the recipes. The first level is the base."""
     design: DesignConfig = OneAtATimeConfig()
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     """Each decides initial weights, order of images, flips and noise of both stages, and the noise of the samples."""
     evaluation: StudyEvaluationConfig = StudyEvaluationConfig()
     claims: dict[Name, ClaimConfig] = Field(default_factory=dict)
     rule: RuleConfig = RuleConfig()
-
-    @field_validator("seeds")
-    @classmethod
-    def _each_seed_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("a seed is given twice")
-        return seeds
 
     @field_validator("factors")
     @classmethod
