@@ -60,15 +60,19 @@ def objectives_table(runs: dict[str, dict[str, Any]], validation: dict[str, dict
     for name in runs:
         seeds[re.sub(r"-seed\d+$", "", name)].append(name)
     lines = [
-        "| | FID of each seed | mean | KID x 1000 of each seed | mean | validation loss |",
-        "|---|---|---|---|---|---|",
+        "| | FID of each seed | mean | KID x 1000 of each seed | mean | precision | recall | validation loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for variant in LABELS:
         if names := seeds.get(variant):
             fids = [runs[name]["metrics"]["fid"] for name in names]
             kids = [1000 * runs[name]["metrics"]["kid_mean"] for name in names]
             losses = [validation[name]["validation/loss"] for name in names]
-            cells = [figures(fids, 2), f"{mean(fids):.2f}", figures(kids, 2), f"{mean(kids):.2f}", figures(losses, 4)]
+            cells = [figures(fids, 2), f"{mean(fids):.2f}", figures(kids, 2), f"{mean(kids):.2f}"]
+            cells += [
+                figures([runs[name]["metrics"][metric] for name in names], 3) for metric in ("precision", "recall")
+            ]
+            cells.append(figures(losses, 4))
             lines.append(f"| {LABELS[variant]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -81,13 +85,14 @@ def figures(values: list[float], digits: int) -> str:
 def samplers_table(samplers: list[dict[str, Any]]) -> str:
     """Return a row per sampler and number of evaluations of the network."""
     lines = [
-        "| sampler | steps | evaluations | FID | KID x 1000 | precision | recall |",
-        "|---|---|---|---|---|---|---|",
+        "| sampler | steps | evaluations | FID | 95 % interval over images | KID x 1000 | precision | recall |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for measured in sorted(samplers, key=lambda m: (m["protocol"]["sampler"], m["protocol"]["evaluations"])):
         p, m = measured["protocol"], measured["metrics"]
         lines.append(
-            f"| {p['sampler']} | {p['steps']} | {p['evaluations']} | {m['fid']:.2f} | {1000 * m['kid_mean']:.2f} "
+            f"| {p['sampler']} | {p['steps']} | {p['evaluations']} | {m['fid']:.2f} "
+            f"| {m['fid_interval'][0]:.2f}-{m['fid_interval'][1]:.2f} | {1000 * m['kid_mean']:.2f} "
             f"| {m['precision']:.3f} | {m['recall']:.3f} |"
         )
     return "\n".join(lines)
