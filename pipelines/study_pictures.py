@@ -185,6 +185,15 @@ def health_sections(run: Path) -> dict[str, Any]:
     return next((sections for sections in found if sections), {})
 
 
+def health_levels(run: Path) -> dict[str, str]:
+    """Return the level of every finding of the health report in a run folder, by ``section: name``."""
+    return {
+        f"{section}: {verdict['name']}": verdict["level"]
+        for section, content in health_sections(run).items()
+        for verdict in content.get("verdicts", [])
+    }
+
+
 def _shares(frequencies: Sequence[float] | None, power: Sequence[float | None] | None) -> Points:
     if not frequencies or not power or None in power or not (total := sum(p for p in power if p)):
         return []

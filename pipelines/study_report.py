@@ -23,7 +23,8 @@ from .study_markdown import markdown
 from .study_pictures import (
     SHOWN,
     CellRuns,
-    health_sections,
+    health_levels,
+    own_autoencoders,
     read_cells,
     shown_variants,
     spectra,
@@ -34,6 +35,7 @@ from .study_pictures import (
 from .study_plots import Dots, Row, Style, forest, label_lines, scatter, styles
 from .study_records import CellRecord
 from .study_tables import (
+    NONE,
     Table,
     claim_rows,
     cost_table,
@@ -147,25 +149,18 @@ def _columns(analysis: Analysis) -> list[tuple[str, list[Column], list[str]]]:
 
 def _health_table(variants: Sequence[Variant], cells: Sequence[CellRuns]) -> Table:
     """Return which findings of the health report are not in order, and at how many seeds, for every variant."""
-    findings = dict.fromkeys(name for cell in cells for name in cell.record.verdicts)
+    levels = {cell.first.path: health_levels(cell.first.path) for cell in own_autoencoders(cells) if cell.first}
     rows = []
-    for finding in findings:
+    for finding in dict.fromkeys(name for cell in cells for name in cell.record.verdicts):
         row = [finding.replace("_", " ")]
         for variant in variants:
             mine = [cell for cell in cells if cell.record.variant == variant.name and cell.record.failed is None]
             found = [cell for cell in mine if finding in cell.record.verdicts]
-            row.append(f"{_worst(finding, found)} {len(found)}/{len(mine)}".strip() if found else "–")
+            known = {levels[cell.first.path].get(finding) for cell in found if cell.first}
+            worst = next((f"{level} " for level in ("fault", "note") if level in known), "")
+            row.append(f"{worst}{len(found)}/{len(mine)}" if found else NONE)
         rows.append(row)
     return Table(["finding", *(variant.name for variant in variants)], rows, 1 + len(variants))
-
-
-def _worst(finding: str, cells: Sequence[CellRuns]) -> str:
-    """Return the worst level of a finding, as far as the health reports are still there."""
-    section, _, name = finding.partition(": ")
-    reports = [health_sections(cell.first.path) for cell in cells if cell.first is not None]
-    verdicts = [verdict for report in reports for verdict in report.get(section, {}).get("verdicts", [])]
-    levels = {verdict["level"] for verdict in verdicts if verdict["name"] == name}
-    return next((level for level in ("fault", "note") if level in levels), "")
 
 
 def _forests(analysis: Analysis) -> list[Figure]:
