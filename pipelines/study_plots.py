@@ -247,6 +247,7 @@ def curves(
         reference: a dashed line that is no variant's, and its name.
     """
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     drawn = {name: [points for points in seeds if points] for name, seeds in lines.items()}
     drawn = {name: seeds for name, seeds in drawn.items() if seeds}
@@ -271,6 +272,8 @@ def curves(
             if letter in log and min(values) > 0 and max(values) > LOGARITHMIC_FROM * min(values):
                 axes.set(**{f"{letter}scale": "log"})
                 plain_ticks(axis)
+            elif labels[letter == "y"] == "step":
+                axis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(labels[0], fontsize=8)
         axes.set_ylabel(labels[1], fontsize=8)
         axes.grid(alpha=0.25, which="both", linewidth=0.5)

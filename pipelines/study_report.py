@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,16 @@ def write_report(
         command=command_line(config, setting),
         setting=setting_rows(setting),
     )
-    write_atomically(folder / PAGE, shorten(page, known))
-    write_atomically(folder / SUMMARY, shorten(markdown(config, variants, records, analysis, setting), known))
+    summary = markdown(config, variants, records, analysis, setting)
+    for name, text in ((PAGE, page), (SUMMARY, summary)):
+        write_atomically(folder / name, shorten(_from_inside(folder, text), known))
+
+
+def _from_inside(folder: Path, text: str) -> str:
+    """Return ``text`` with the absolute paths in the study's folder as they are seen from there."""
+    for path in (folder.absolute(), folder.resolve()):
+        text = text.replace(f"{html.escape(str(path))}/", "")
+    return text
 
 
 def _columns(analysis: Analysis) -> list[tuple[str, list[Column], list[str]]]:
@@ -241,4 +250,4 @@ def _known_paths(folder: Path, config: StudyConfig, cells: Sequence[CellRuns]) -
     """Return the paths that the report may speak of."""
     data = [Path(spec) for spec in (config.data.train, config.data.validation) if spec]
     runs = [run.path for cell in cells for run in (cell.first, cell.second) if run is not None]
-    return [folder.resolve(), *data, *runs]
+    return [*data, *runs]

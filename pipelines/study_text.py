@@ -129,15 +129,18 @@ def missing_lines(
     lines = [_sentence(note) for note in analysis.notes]
     if absent:
         lines.append(f"Not finished when this was written: {'; '.join(absent)}.")
+    measured = [record for record in records if record.failed is None]
     for metric, column in METRICS.items():
-        lacking = [f"{r.variant}, seed {r.seed}" for r in records if not r.failed and metric not in r.metrics]
-        if 0 < len(lacking) < len(records):
-            lines.append(f"{column.label} was not computed of {'; '.join(lacking)}.")
+        lacking = [f"{record.variant}, seed {record.seed}" for record in measured if metric not in record.metrics]
+        if lacking:
+            of = f" of {'; '.join(lacking)}" if len(lacking) < len(measured) else ""
+            lines.append(f"{column.label} was not computed{of}.")
     return lines
 
 
 def _sentence(note: str) -> str:
-    return f"{note[0].upper()}{note[1:].removesuffix('.')}."
+    first = note[:1] if note[1:2].isupper() else note[:1].upper()  # rFID stays as it is
+    return f"{first}{note[1:].removesuffix('.')}."
 
 
 def setting_rows(setting: Mapping[str, Any]) -> list[tuple[str, str]]:
