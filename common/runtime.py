@@ -166,28 +166,32 @@ class StopRequest:
     """Turns SIGTERM, SIGINT and a deadline into a flag that a loop reads between steps.
 
     A second SIGINT interrupts at once. Use it as a context manager; the former handlers come back at its end. Within
-    another one it stops at that one's deadline too: a part of a longer work has no more time than the whole.
+    another one it stops where that one does: a part of a longer work has no more time than the whole. In another
+    thread than the main one it hears of signals from that one alone.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._signal: str | None = None
         self._former: dict[int, Any] = {}
+        self._outer: StopRequest | None = None
 
     def __enter__(self) -> StopRequest:
+        around = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        self._outer = around if isinstance(around, StopRequest) else None
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._former[number] = signal.signal(number, self._on_signal)
-        except ValueError:  # not the main thread: only the deadline can stop it
+        except ValueError:  # not the main thread: signals reach the one around it, if any
             self._former.clear()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
-        if self._signal and (outer := self._outer) is not None:
+        if self._signal and self._outer is not None:
             # A part of a longer work may end without having looked: the signal was meant for all of it.
-            outer._signal = self._signal
+            self._outer._signal = self._signal
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:
@@ -202,12 +206,6 @@ class StopRequest:
         if self._deadline is not None and time.monotonic() > self._deadline:
             return "--max-minutes"
         return None if self._outer is None else self._outer.reason
-
-    @property
-    def _outer(self) -> StopRequest | None:
-        """The one that this is within."""
-        outer = getattr(self._former.get(signal.SIGTERM), "__self__", None)
-        return outer if isinstance(outer, StopRequest) else None
 
     def agreed(self, accelerator: Accelerator) -> str | None:
         """Return the reason where any process has one, so that all stop after the same step."""

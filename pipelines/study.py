@@ -11,9 +11,9 @@
 Everything goes on by the same command, and what is finished is left alone. Processes that are given the same ``--out``
 share the cells by locks; ``accelerate launch`` or ``torchrun`` puts several processes to work on one cell at a time. On
 machines without a file system in common give each a ``--shard``, then copy the folders together (names never clash, as
-each is named by what is computed in it) and run the command once more with ``--report-only``. There an autoencoder that
-cells of two shards need is trained by each; it has the same name, and either copy will do. Copy what is finished: a
-latent cache knows its autoencoder by an absolute path, so that a cell goes on only where it was begun.
+each is named by what is computed in it) and run the command once more with ``--report-only``. All cells of an
+autoencoder are in one shard. Copy what is finished: a latent cache knows its autoencoder by an absolute path, so that a
+cell goes on only where it was begun.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..common.files import write_atomically
 from ..common.metric_weights import load_weights
 from ..common.runtime import RuntimeOptions, StopRequest, accelerated
 from .cells import Cell, claim, take_shard
-from .study_cells import FINAL_STATES, StudyCell, Task, Workbench, make_study_cells, tasks_of
+from .study_cells import FINAL_STATES, StudyCell, Task, Workbench, cells_of_shard, make_study_cells, tasks_of
 from .study_config import StudyConfig
 from .study_data import StudyData, open_study_data, prepare_study_data
 from .study_design import Variant, make_variants
@@ -72,7 +72,7 @@ def study(
         out: its folder.
         options: device, precision of the training, and ``max_minutes`` for all of it. ``overwrite`` is not looked at:
             a cell is named by what is computed in it, so none is ever in the way of another.
-        shard: ``(i, n)``: work on every ``n``-th cell from the ``i``-th on only.
+        shard: ``(i, n)``: work on the cells of every ``n``-th autoencoder from the ``i``-th on only.
         batch_size: images per pass, of everything but training and sampling.
         dry_run: only list the cells of the shard with the time and the disk that they will take; nothing is written.
         report_only: train nothing; analyse and report what is finished.
@@ -102,7 +102,7 @@ def study(
         if not report_only:
             team.decide(lambda: _begin(config, out, stop))
             plan = plan.over_prepared_data(options, batch_size)
-            _work(plan, tasks_of(take_shard(plan.cells, shard)), team, stop)
+            _work(plan, tasks_of(cells_of_shard(plan.cells, shard)), team, stop)
         return team.decide(lambda: _finish(plan, report_only))
 
 
@@ -282,7 +282,11 @@ def write_results(plan: Plan, *, again: bool) -> dict[str, Any]:
     found = (record_of(cell, plan.bench, out, plan.networks[cell.variant.name]) for cell in plan.cells)
     records = [record for record in found if record is not None]
     if not any(record.failed is None for record in records):
-        raise WavelatentError(f"{out}: no cell is finished, so that there is nothing to report")
+        raise WavelatentError(
+            f"{out}: no cell is finished that has this configuration, these images and --mixed-precision "
+            f"{plan.mixed_precision}, so that there is nothing to report"
+        )
+    _keep_config(config, out)  # a report of what is there may come by another one than the cells
     analysis = analyse(config, variants, records)
     setting = setting_of(plan.cells, records, plan.bench, plan.networks, plan.mixed_precision)
     setting["changed_since_the_first_start"] = _changed_since(config, out)
@@ -306,7 +310,7 @@ def write_results(plan: Plan, *, again: bool) -> dict[str, Any]:
 def _dry_run(plan: Plan, shard: tuple[int, int]) -> dict[str, Any]:
     from .study_estimate import estimate
 
-    mine = take_shard(plan.cells, shard)
+    mine = cells_of_shard(plan.cells, shard)
     listed = [{**cell, "shares_with": _sharing(cell, plan.listed(mine))} for cell in plan.listed(mine)]
     return {
         **_summary(plan, listed),

@@ -29,7 +29,7 @@ from ..common.latent_cache import MANIFEST
 from ..common.reference_features import choose_images
 from ..common.runtime import RuntimeOptions
 from ..stage2_diffusion.sampling import Sampling
-from .cells import Cell, make_cells
+from .cells import Cell, make_cells, take_shard
 from .diagnose import RECORD, diagnose
 from .encode import encode
 from .evaluate import evaluate_generation, evaluate_reconstruction
@@ -113,6 +113,12 @@ def _task(cell: Cell[Any], stage: Stage, latents: Path, autoencoder: Path) -> Ta
     return Task(cell.variant, cell.seed, cell.config, cell.folder, stage, latents, autoencoder)
 
 
+def cells_of_shard(cells: Sequence[StudyCell], shard: tuple[int, int]) -> list[StudyCell]:
+    """Return the cells of every ``n``-th autoencoder from the ``i``-th on: no two shards train the same one."""
+    own = set(take_shard(list(dict.fromkeys(cell.autoencoder.folder for cell in cells)), shard))
+    return [cell for cell in cells if cell.autoencoder.folder in own]
+
+
 def tasks_of(cells: Sequence[StudyCell]) -> list[Task]:
     """Return the tasks of the cells in order, each once, an autoencoder's before those that need it."""
     tasks: dict[Path, Task] = {}
@@ -180,7 +186,10 @@ class Workbench:
         )
 
     def generation(self, task: Task) -> Result | None:
-        """Return the measurement of a run's samples, where it is of these seeds, this sampler and this reference."""
+        """Return the measurement of a run's samples, where it is of these seeds, this sampler and this reference.
+
+        And of this autoencoder: one that was trained again has other weights.
+        """
         sampling = self.sample_options.sampling
         return _measured(
             task.folder / "evaluation-generation",
@@ -188,6 +197,7 @@ class Workbench:
             num_reference=len(self.data.train),
             reference_fingerprint=self.data.train.fingerprint(),
             seeds=describe_seeds(self.seeds(task.seed)),
+            autoencoder_fingerprint=self._fingerprint(task.autoencoder),
             **{name: getattr(sampling, name) for name in ("sampler", "steps", "grid")},
         )
 
@@ -202,6 +212,17 @@ class Workbench:
         """Return the seeds of the samples: the same for all variants at a seed, others at another."""
         count = self.config.evaluation.num_samples
         return range(seed * count, (seed + 1) * count)
+
+    def _fingerprint(self, autoencoder: Path) -> str | None:
+        """Return the fingerprint of the autoencoder whose reconstructions were measured."""
+        result = self.reconstruction(autoencoder)
+        return None if result is None else result.protocol.get("autoencoder", {}).get("fingerprint")
+
+    def _is_encoded(self, task: Task) -> bool:
+        """Return whether the latents are there; not those of other weights, which ``encode`` refuses."""
+        manifest = task.latents / MANIFEST
+        recorded = read_json(manifest).get("autoencoder", {}).get("fingerprint")
+        return manifest.is_file() and recorded == self._fingerprint(task.folder)
 
     def _of_autoencoder(self, task: Task) -> Task:
         return replace(task, stage="autoencoder", folder=task.autoencoder)
@@ -243,7 +264,7 @@ class Workbench:
             ),
             Step(
                 "encode",
-                lambda: (task.latents / MANIFEST).is_file(),
+                partial(self._is_encoded, task),
                 lambda: encode(
                     ae,
                     self.data.train.spec,

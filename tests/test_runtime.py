@@ -4,6 +4,9 @@ import json
 import math
 import os
 import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -252,3 +255,25 @@ def test_a_signal_that_reaches_a_part_is_heard_by_the_whole():
 def test_a_part_has_no_more_time_than_the_whole():
     with StopRequest(max_minutes=-1), StopRequest(max_minutes=5) as part:
         assert part.reason == "--max-minutes"
+
+
+def test_a_part_in_another_thread_hears_what_the_whole_hears():
+    """Signals come to the main thread alone, and by_main works in another one."""
+
+    def part() -> tuple[str | None, str | None]:
+        with StopRequest() as stop:
+            before = stop.reason
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.wait(10)
+            return before, stop.reason
+
+    with StopRequest() as whole, ThreadPoolExecutor(1) as pool:
+        done = threading.Event()
+        work = pool.submit(part)
+        while whole.reason is None:
+            time.sleep(0.001)
+        done.set()
+        assert work.result() == (None, "SIGTERM")
+    with StopRequest(max_minutes=-1), ThreadPoolExecutor(1) as pool:
+        done.set()
+        assert pool.submit(lambda: StopRequest().__enter__().reason).result() == "--max-minutes"

@@ -67,16 +67,17 @@ def test_all_variants_of_the_first_seed_come_first_each_autoencoder_before_what_
     assert steps.done == [f"{step} {seed}" for seed in ("seed0", "seed1") for step in one_seed]
 
 
-def test_shards_part_the_cells_and_the_last_one_writes_the_results(out, steps):
+def test_shards_part_the_autoencoders_with_their_cells_and_the_last_one_writes_the_results(out, steps):
+    """Two that trained the same autoencoder on two machines would not come to the same weights."""
     half = run(out, shard=(0, 2))
-    assert states(half) == ["finished", "new", "finished", "new"]
+    assert states(half) == ["finished", "finished", "new", "new"]
     assert "results" not in half
     assert "2 of 4 cells are still to be" in describe(half)
-    trained = [step for step in steps.done if step.startswith("autoencoder")]
+    steps.done.clear()
     whole = run(out, shard=(1, 2))
     assert whole["complete"]
     assert Path(whole["results"]).is_file()
-    assert [step for step in steps.done if step.startswith("autoencoder")] == trained, "they are shared"
+    assert steps.done == [f"{step} seed1" for step in [*AUTOENCODER, *DIFFUSION, *DIFFUSION]]
 
 
 def test_a_cell_that_diverges_is_noted_once_and_the_others_go_on(out, steps, monkeypatch):
@@ -148,7 +149,7 @@ def test_a_report_of_what_is_finished(out, steps):
 
 
 def test_an_autoencoder_that_another_process_holds_is_waited_for_when_nothing_else_is_left(out, steps, monkeypatch):
-    run(out, shard=(3, 4), options=RuntimeOptions(device="cpu"))  # so that the data, and with it the names, are there
+    run(out, "seeds=[2]")  # so that the data, and with it the names, are there
     held = out / run(out, dry_run=True)["cells"][0]["autoencoder"]
     lock = FileLock(held.with_name(f".{held.name}.lock"), thread_local=False)
     lock.acquire()
@@ -161,7 +162,7 @@ def test_an_autoencoder_that_another_process_holds_is_waited_for_when_nothing_el
     monkeypatch.setattr(cells_module.time, "sleep", release)
     steps.done.clear()
     assert run(out)["complete"]
-    assert done_by_then == [f"{step} seed1" for step in DIFFUSION], "the fourth cell was done by the shard"
+    assert done_by_then == [f"{step} seed1" for step in [*AUTOENCODER, *DIFFUSION, *DIFFUSION]]
     assert steps.done == [*done_by_then, *(f"{step} seed0" for step in [*AUTOENCODER, *DIFFUSION, *DIFFUSION])]
 
 
@@ -217,11 +218,81 @@ def test_a_configuration_that_was_changed_after_the_first_start_is_kept_and_name
     assert record["config"]["rule"]["level"] == 0.1
 
 
-def test_a_measurement_of_something_else_is_made_again(out, steps):
+def test_a_configuration_that_comes_with_the_report_alone_is_kept_and_named_too(out):
     run(out)
+    first = (out / "config.yaml").read_text()
+    result = run(out, "rule.level=0.1", report_only=True)
+    assert (out / "config.1.yaml").read_text() == first
+    record = json.loads(Path(result["results"]).read_text())
+    assert record["setting"]["changed_since_the_first_start"] == ["rule"]
+
+
+@pytest.mark.parametrize(
+    ("override", "again"),
+    [
+        ("evaluation.num_samples=6", "measure diffusion"),
+        ("evaluation.steps=3", "measure diffusion"),
+        ("evaluation.num_reconstructions=4", "measure autoencoder"),
+        ("evaluation.health_images=3", "diagnose"),
+    ],
+)
+def test_a_measurement_of_something_else_is_made_again(override, again, out, steps):
+    run(out, "seeds=[0]")
     steps.done.clear()
-    run(out, "evaluation.num_samples=6")
-    assert steps.done == [f"measure diffusion seed{seed}" for seed in (0, 0, 1, 1)]
+    run(out, "seeds=[0]", override)
+    assert steps.done == [f"{again} seed0"] * (2 if again == "measure diffusion" else 1)
+
+
+@pytest.mark.parametrize(
+    ("lost", "again"),
+    [
+        ("diffusion/model", "diffusion"),
+        ("diffusion/evaluation-generation/metrics.json", "measure diffusion"),
+        ("autoencoder/status.json", "autoencoder"),
+        ("autoencoder/health/health.json", "diagnose"),
+    ],
+)
+def test_of_a_task_whose_files_are_not_all_there_the_rest_is_done(lost, again, out, steps):
+    """As after a kill at any moment: each step's last file says that it is done."""
+    cell = run(out, "seeds=[0]")["cells"][0]
+    stage, _, name = lost.partition("/")
+    file = out / cell[stage] / name
+    file.rename(file.with_name("lost"))
+    steps.done.clear()
+    assert run(out, "seeds=[0]")["complete"]
+    assert steps.done == [f"{again} seed0"]
+
+
+def test_what_was_made_with_other_weights_of_the_autoencoder_is_not_taken_for_done(out, steps):
+    """Trained again, in a folder of the same name, it has others: on other hardware, or another number of threads."""
+
+    def record(folder: Path, fingerprint: str) -> None:
+        file = folder / "evaluation-reconstruction" / "metrics.json"
+        content = json.loads(file.read_text())
+        content["protocol"]["autoencoder"] = {"fingerprint": fingerprint}
+        file.write_text(json.dumps(content))
+
+    cell = run(out, "seeds=[0]")["cells"][0]
+    record(out / cell["autoencoder"], "other")
+    with pytest.raises(WavelatentError, match="no cell is finished"):
+        run(out, "seeds=[0]", report_only=True)
+
+    def refuse(step: str, folder: Path) -> None:
+        raise WavelatentError(f"{step}: it was made from another autoencoder")
+
+    steps.fails = refuse
+    with pytest.raises(WavelatentError, match="encode: it was"):
+        run(out, "seeds=[0]")
+    (manifest,) = out.glob("latents/*/manifest.json")
+    manifest.write_text(json.dumps({"autoencoder": {"fingerprint": "other"}}))
+    with pytest.raises(WavelatentError, match="measure diffusion: it was"):
+        run(out, "seeds=[0]")
+
+
+def test_a_report_says_by_what_cells_are_found(out):
+    run(out, "seeds=[0]", options=RuntimeOptions(device="cpu", mixed_precision="bf16"))
+    with pytest.raises(WavelatentError, match=r"no cell is finished .* --mixed-precision no"):
+        run(out, "seeds=[0]", report_only=True)
 
 
 def test_data_that_was_prepared_need_not_be_there_any_more(out, tmp_path):

@@ -122,7 +122,7 @@ class Steps:
             "protocol": protocol,
             "seconds": 1.0,
         }
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         (out / "health.json").write_text(json.dumps(record))
 
     def encode(self, ae: str, data: str, out: Path, **_: object) -> None:
