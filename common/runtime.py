@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MixedPrecision = Literal["no", "bf16", "fp16"]
+Stop = TypeVar("Stop", bound="StopRequest")
 
 PACKAGES = ("wavelatent", "torch", "torchvision", "accelerate", "ptwt", "lpips", "torch-fidelity", "datasets", "numpy")
 
@@ -176,7 +177,7 @@ class StopRequest:
         self._former: dict[int, Any] = {}
         self._outer: StopRequest | None = None
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self: Stop) -> Stop:
         around = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
         self._outer = around if isinstance(around, StopRequest) else None
         try:

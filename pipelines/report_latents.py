@@ -82,7 +82,7 @@ def _bound(variant: Variant) -> float | None:
 
 def _histograms(name: str, raw: Tensor, white: Tensor, bound: float | None) -> Figure:
     with Canvas(columns=2) as canvas:
-        for axes, latents, title in zip(canvas.all, (raw, white), ("raw", "whitened"), strict=True):
+        for axes, latents, title in zip(canvas.all, (raw, white), ("raw", "as the denoiser sees them"), strict=True):
             values = latents.flatten().numpy()
             reach = float(np.quantile(np.abs(values), 0.999)) * 1.1 or 1.0
             edges = np.linspace(-reach, reach, 81)
@@ -92,7 +92,7 @@ def _histograms(name: str, raw: Tensor, white: Tensor, bound: float | None) -> F
             axes.hist(values, edges.tolist(), density=True, color="C0", alpha=0.35)
             axes.set_title(f"{title}: mean {values.mean():.2f}, std {values.std():.2f}", fontsize=10)
             axes.set_yticks([])
-            if title == "whitened":
+            if latents is white:
                 x = np.linspace(-reach, reach, 200)
                 axes.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), "k--", linewidth=1, label="N(0, 1)")
                 axes.legend(fontsize=8, frameon=False)
@@ -102,7 +102,7 @@ def _histograms(name: str, raw: Tensor, white: Tensor, bound: float | None) -> F
         png = canvas.png()
     kurtosis = float(white.double().pow(4).mean() / white.double().square().mean().square())
     alt = (
-        f"Histograms of the raw and the whitened latents of {name}; whitened mean {white.mean():.2f}, "
+        f"Histograms of the latents of {name}, raw and as the denoiser sees them: there mean {white.mean():.2f}, "
         f"std {white.std():.2f}, kurtosis {kurtosis:.2f} (3 for a Gaussian)."
     )
     return Figure(name, alt, png)
