@@ -22,6 +22,20 @@ PREDICTED = ("kid_mean", "fid")
 """What is to be predicted."""
 FEWEST_VARIANTS = 5
 """With fewer, no correlation is computed: two orders of four values in 24 are as far from chance as can be."""
+SIZE = "geometry.values"
+"""The number of values of a latent: what a figure that grows with it must be held against."""
+OF_THE_SHAPE = frozenset(
+    {
+        "correlation.variance_share",
+        "gaussianity.mmd_null_std",
+        "gaussianity.mmd_width",
+        "gaussianity.sliced_wasserstein_null_max",
+        "gaussianity.sliced_wasserstein_null_mean",
+        "posterior.units",
+    }
+)
+"""Figures that the shape of the latents decides, whatever is in them (the first: a mean of shares is one by their
+number). They would only say once more what :data:`SIZE` says, and each costs all others of Holm's correction."""
 
 Found = tuple[list[Predictor], list[str]]
 """The rows of a table, surest first, and what must be known to read it."""
@@ -31,12 +45,18 @@ def health_predictors(names: Sequence[str], tables: Mapping[str, MetricTable], r
     """Return the rank correlation of every health figure with KID and FID; Holm's correction is over all of them."""
     own = _own_autoencoders(names, records)
     cells = [[record.health for record in records if record.variant == name] for name in own]
-    known = dict.fromkeys(figure for record in records for figure in record.health)
+    known = dict.fromkeys(figure for record in records for figure in record.health if figure not in OF_THE_SHAPE)
     figures = {
         figure: np.array([_mean([cell.get(figure, math.nan) for cell in of_variant]) for of_variant in cells])
         for figure in known
     }
-    return _correlate("health figures", figures, {name: names.index(name) for name in own}, tables)
+    rows, notes = _correlate("health figures", figures, {name: names.index(name) for name in own}, tables)
+    if any(row.figure == SIZE for row in rows):
+        notes.append(
+            "health figures: variants differ in the number of latent values, with which ranks, dimensions and extremes "
+            f"grow whatever is in the latents: hold a correlation against that of {SIZE}"
+        )
+    return rows, notes
 
 
 def reconstructions_as_predictors(

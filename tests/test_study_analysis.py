@@ -7,16 +7,20 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from scipy import stats
 
 from wavelatent.pipelines.metric_columns import METRICS
 from wavelatent.pipelines.study_analysis import analyse, power_in_words
 from wavelatent.pipelines.study_claims import judge
-from wavelatent.pipelines.study_config import Metric, StudyConfig
+from wavelatent.pipelines.study_config import Metric, StudyConfig, StudyEvaluationConfig
 from wavelatent.pipelines.study_design import Variant
 from wavelatent.pipelines.study_findings import Analysis, Effect
+from wavelatent.pipelines.study_predictors import OF_THE_SHAPE, SIZE
 from wavelatent.pipelines.study_records import CellRecord
+from wavelatent.pipelines.study_results import health_figures
 from wavelatent.pipelines.study_statistics import (
     AdditiveModel,
     detectable_effect,
@@ -25,6 +29,8 @@ from wavelatent.pipelines.study_statistics import (
     rank_correlations,
     uneven_spread,
 )
+from wavelatent.stage1_autoencoder.health import LatentData
+from wavelatent.stage1_autoencoder.health_latents import LATENT_SECTIONS
 
 BASE_KID = 0.02
 PAIRS = [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (2, 1), (4, 3), (5, 4)]
@@ -456,6 +462,37 @@ class TestPredictors:
             len([note for note in analysis.notes if "too few variants" in note and "(3, of at least 5)" in note]) == 2
         )
         assert analysis.rfid_against_gfid == ()
+
+    def test_figures_that_the_shape_decides_are_left_out_but_for_the_size_itself(self):
+        """Which these are: the ones that two unlike sets of latents of one shape agree in, and two shapes do not."""
+
+        def figures(channels: int, *, smooth: bool) -> dict[str, float]:
+            draw = torch.Generator().manual_seed(int(smooth))
+            mean = torch.randn(24, channels, 8, 8, generator=draw)
+            if smooth:
+                mean = F.avg_pool2d(mean.exp(), 3, 1, 1) * torch.linspace(1, 3, channels)[:, None, None]
+            std = 0.1 + 0.1 * torch.rand(mean.shape, generator=draw) * (1 + smooth)
+            data = LatentData(torch.rand(24, 3, 16, 16, generator=draw) * 2 - 1, mean, std, mean, None)
+            sections = {name: LATENT_SECTIONS[name](data) for name in StudyEvaluationConfig().health}
+            plain = {name: {"figures": section.figures} for name, section in sections.items()}
+            return health_figures({"sections": plain})
+
+        one, other, wide = figures(2, smooth=False), figures(2, smooth=True), figures(6, smooth=True)
+        same = {name for name in one if name in other and one[name] == pytest.approx(other[name], rel=1e-9, abs=1e-12)}
+        of_the_shape = {name for name in same if wide[name] != pytest.approx(one[name])}
+        counts = {"posterior.active_units"}  # all of them are active here
+        assert of_the_shape - counts == OF_THE_SHAPE | {SIZE}
+
+        config, variants = planned()
+        kid = noisy_kid(np.random.default_rng(0), 0, 0.5, -0.7, 1, -0.2, 0.8)
+        health = {
+            (variant.name, seed): dict.fromkeys([*OF_THE_SHAPE, SIZE], float(v // 3))
+            for v, variant in enumerate(variants)
+            for seed in range(3)
+        }
+        analysis = analyse(config, variants, recorded(variants, {"kid_mean": kid}, health=health))
+        assert [row.figure for row in analysis.predictors] == [SIZE]
+        assert [note for note in analysis.notes if f"against that of {SIZE}" in note]
 
 
 class TestErrorRates:
