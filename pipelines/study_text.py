@@ -51,8 +51,9 @@ def protocol_lines(config: StudyConfig, variants: Sequence[Variant], setting: Ma
         f"{', with those of the mirror images' if config.flips else ''}; the same network but for its first and last "
         "convolution, where the number of channels differs.",
         f"Seeds {seeds}: a seed decides initial weights, order of the images, flips and noise of both stages, and the "
-        "noise of the samples. At a seed, variants see the same images in the same order, and begin from the same "
-        "weights and the same noise wherever these have the same shape.",
+        "noise of the samples. At a seed, variants see the same images in the same order, flipped alike, and at the "
+        "same noise levels but for the noise shift; latents of one shape meet the same noise, and their networks of "
+        "stage two begin from the same weights. Those of stage one do up to their first layer of another shape.",
         f"Each cell is measured in float32: {evaluation.num_samples:,} samples ({evaluation.sampler}, "
         f"{evaluation.steps} steps, {evaluation.grid} grid, averaged weights) against all training images, and "
         f"{reconstructed} images reconstructed (LPIPS with {evaluation.lpips_net}). KID, which has no bias at few "
