@@ -471,6 +471,12 @@ def ablate(
 @click.option("--eval-data", default=None, help="The images to measure on, over the config's data.validation.")
 @click.option("--dry-run", is_flag=True, help="List the cells with the time and the disk they will take, and stop.")
 @click.option("--report-only", is_flag=True, help="Train nothing; report what is finished.")
+@click.option(
+    "--photographs/--no-photographs",
+    default=True,
+    show_default=True,
+    help="Show reconstructions beside the images themselves in the report.",
+)
 @CELLS
 def study(
     config: str,

@@ -61,6 +61,7 @@ def study(
     batch_size: int = 32,
     dry_run: bool = False,
     report_only: bool = False,
+    photographs: bool = True,
 ) -> dict[str, Any]:
     """Train and measure every cell that is not there yet; once all are, analyse them and write the report.
 
@@ -76,6 +77,8 @@ def study(
         batch_size: images per pass, of everything but training and sampling.
         dry_run: only list the cells of the shard with the time and the disk that they will take; nothing is written.
         report_only: train nothing; analyse and report what is finished.
+        photographs: show reconstructions beside the images themselves in the report; a page that is to be published
+            may have to do without.
 
     Returns:
         ``{"study", "cells": [{"variant", "seed", "state", "autoencoder", "diffusion"}], "complete": bool}``, where
@@ -103,7 +106,7 @@ def study(
             team.decide(lambda: _begin(config, out, stop))
             plan = plan.over_prepared_data(options, batch_size)
             _work(plan, tasks_of(cells_of_shard(plan.cells, shard)), team, stop)
-        return team.decide(lambda: _finish(plan, report_only))
+        return team.decide(lambda: _finish(plan, report_only, photographs))
 
 
 @dataclass(frozen=True)
@@ -257,12 +260,12 @@ def _without_result(do: Callable[[], object]) -> None:
     do()
 
 
-def _finish(plan: Plan, report_only: bool) -> dict[str, Any]:
+def _finish(plan: Plan, report_only: bool, photographs: bool) -> dict[str, Any]:
     """Write the results where all cells are there, or those that are where that was asked for."""
     result = _summary(plan, plan.listed())
     if not (result["complete"] or report_only):
         return result
-    return {**result, **write_results(plan, again=report_only)}
+    return {**result, **write_results(plan, again=report_only, photographs=photographs)}
 
 
 def _summary(plan: Plan, listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -270,7 +273,7 @@ def _summary(plan: Plan, listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"study": str(plan.out), "cells": listed, "complete": complete}
 
 
-def write_results(plan: Plan, *, again: bool) -> dict[str, Any]:
+def write_results(plan: Plan, *, again: bool, photographs: bool = True) -> dict[str, Any]:
     """Analyse the cells that are there, write results, summary and report, and return their paths and the verdicts.
 
     Where the results are there already and the same, nothing is written, unless ``again``.
@@ -302,7 +305,8 @@ def write_results(plan: Plan, *, again: bool) -> dict[str, Any]:
     paths = {"results": str(out / RESULTS), "summary": str(out / SUMMARY), "report": str(out / PAGE)}
     whole = all(Path(path).is_file() for path in paths.values())
     if again or not whole or (out / RESULTS).read_text(encoding="utf-8") != text:
-        write_report(out, config, variants, records, analysis, setting)
+        shown = {"photographs": photographs, "device": plan.bench.options.device}
+        write_report(out, config, variants, records, analysis, setting, **shown)
         write_atomically(out / RESULTS, text)
     return {**paths, "claims": {claim.name: claim.verdict for claim in analysis.claims}}
 

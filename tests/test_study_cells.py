@@ -131,7 +131,8 @@ def test_a_report_of_what_is_finished(out, steps):
         run(out)
     assert not (out / "results.json").exists()
     steps.fails = lambda step, folder: pytest.fail("nothing is done for a report")
-    result = run(out, report_only=True)
+    result = run(out, report_only=True, photographs=False)
+    assert (out / "report.html").read_text() == "report without photographs"
     assert states(result) == ["finished", "finished", "trained", "new"]
     record = json.loads((out / "results.json").read_text())
     assert [(cell["variant"], cell["seed"]) for cell in record["cells"]] == [("plain", 0), ("unwhitened", 0)]

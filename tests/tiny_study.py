@@ -41,9 +41,9 @@ def stand_in_for_networks(patch: pytest.MonkeyPatch, cache: Path) -> None:
     def no_lpips(*_: object) -> None:
         raise MissingWeightsError("LPIPS is not here")
 
-    def write_report(folder: Path, *_: object) -> None:
+    def write_report(folder: Path, *_: object, photographs: bool, device: str) -> None:
         (folder / "summary.md").write_text("summary")
-        (folder / "report.html").write_text("report")
+        (folder / "report.html").write_text("report" if photographs else "report without photographs")
 
     report = ModuleType("wavelatent.pipelines.study_report")
     report.write_report = write_report  # type: ignore[attr-defined]
