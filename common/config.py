@@ -262,8 +262,8 @@ def _keys_at(model: type[BaseModel], data: Any, path: tuple[str, ...]) -> set[st
     models: list[type[BaseModel]] = [model]
     for part in path:
         data = data.get(part) if isinstance(data, dict) else data[int(part)]
-        if part.isdigit():
-            continue
+        if not any(part in outer.model_fields for outer in models):
+            continue  # a number in a list, or a name in a mapping
         models = [
             inner
             for outer in models

@@ -132,6 +132,11 @@ def test_words_that_yaml_takes_for_truth_values_are_to_be_quoted(study, sections
         ({"claims": claim(against=16)}, "claims.c.comparisons.0: level and against are both '16'"),
         ({"claims": claim(metric="kid")}, "claims.c.comparisons.0.metric: Input should be 'kid_mean'"),
         ({"claims": claim(expect="no_worse")}, "claims.c.comparisons.0: margin belongs to expect: no_worse"),
+        ({"claims": claim(margn=0.1)}, "unknown key 'claims.c.comparisons.0.margn'; did you mean 'margin'?"),
+        (
+            {"claims": {"c": {"statment": "s", "comparisons": []}}},
+            "unknown key 'claims.c.statment'; did you mean 'statement'?",
+        ),
         ({"claims": claim(margin=0.1)}, "claims.c.comparisons.0: margin belongs to expect: no_worse"),
     ],
 )
