@@ -80,13 +80,13 @@ def make_cells(configs: Mapping[str, C], seeds: Sequence[int], root: Path, conte
         context: what else decides the result (fingerprints of the data, the precision), as JSON values.
     """
     return [
-        Cell(name, seed, config.model_copy(update={"seed": seed}), root / f"{_key(config, context)}-seed{seed}")
+        Cell(name, seed, config.model_copy(update={"seed": seed}), root / f"{result_key(config, context)}-seed{seed}")
         for seed in seeds
         for name, config in configs.items()
     ]
 
 
-def _key(config: BaseModel, context: Mapping[str, Any]) -> str:
+def result_key(config: BaseModel, context: Mapping[str, Any]) -> str:
     """Return the hash of everything that decides a cell's result but its seed."""
     content = config.model_dump(mode="json")
     for dotted in ("seed", *NOT_IN_RESULT):

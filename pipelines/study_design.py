@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..common.config import Config, merge
 from ..common.errors import UsageError
-from .cells import nested, variant_configs
+from .cells import nested, result_key, variant_configs
 from .diffusion_config import DiffusionRunConfig
 from .run_config import AutoencoderRunConfig
 from .study_config import FactorialConfig, Levels, NamedConfig, StudyConfig
@@ -34,7 +34,7 @@ def make_variants(config: StudyConfig) -> list[Variant]:
     """Return the study's variants, the reference of its tables first.
 
     Raises :class:`UsageError` naming the variant and the key where levels do not go together, where there are fewer
-    than two variants, where two come to the same recipes, where they do not see the same number of images in each
+    than two variants, where two come to the same cells, where they do not see the same number of images in each
     stage, or where a claim's comparison has no pair of variants.
     """
     levels = _levels_by_name(config)
@@ -108,8 +108,9 @@ def _changes(config: StudyConfig, levels: Levels) -> dict[str, object]:
 
 
 def _check_different(variants: Sequence[Variant]) -> None:
-    for first, second in itertools.combinations(variants, 2):
-        if first.recipe == second.recipe:
+    keys = [[result_key(stage, {}) for stage in (v.recipe.autoencoder, v.recipe.diffusion)] for v in variants]
+    for (first, key), (second, other) in itertools.combinations(zip(variants, keys, strict=True), 2):
+        if key == other:
             raise UsageError(f"variants: {first.name!r} and {second.name!r} come to the same configuration")
 
 

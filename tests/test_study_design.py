@@ -111,6 +111,10 @@ def test_levels_nested_and_dotted_come_to_the_same_and_a_later_factor_goes_over_
             "variants.x: unknown key 'autoencoder.model.bottleneck.variance_weight'",
         ),
         ({"design": named(a={}, b={"bottleneck": "kl"})}, "'a' and 'b' come to the same configuration"),
+        (  # they would be one cell under two names, which differ by nothing, and surely so
+            {"factors": {"a": {"x": {}, "y": {"diffusion.train.log_every": 7}}}},
+            "'base' and 'a: y' come to the same configuration",
+        ),
         (
             {"factors": {"a": {"x": {}, "y": {"diffusion.model.chanels": 8}}}},
             "variants.a: y: unknown key 'diffusion.model.chanels'; did you mean 'channels'?",
