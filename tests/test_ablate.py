@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wavelatent.common import reference_cache
 from wavelatent.common.config import load_config, preset_names
-from wavelatent.common.errors import Stopped, UsageError, WavelatentError
+from wavelatent.common.errors import Diverged, Stopped, UsageError
 from wavelatent.common.evaluation import Result
 from wavelatent.common.metric_weights import MissingWeightsError
 from wavelatent.common.runtime import RuntimeOptions, StopRequest
@@ -184,7 +184,7 @@ def test_a_training_that_diverges_is_named_and_the_others_go_on(tmp_path, monkey
     def diverge(self, *arguments):
         step(self, *arguments)
         if self.config.learning_rate.peak == 1e-2 and self.seed == 1:
-            raise WavelatentError("l1 is not finite")
+            raise Diverged("l1 is not finite")
 
     monkeypatch.setattr(AutoencoderTrainer, "_step", diverge)
     result = run(config(), tmp_path)
