@@ -1,13 +1,20 @@
 """The variants of a study: what each design makes, what is refused, and which of them differ in one thing only."""
 
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from wavelatent.common.config import load_config, preset_names
 from wavelatent.common.errors import UsageError
+from wavelatent.common.randomness import generator
 from wavelatent.pipelines.study_config import StudyConfig
-from wavelatent.pipelines.study_design import make_variants, pairs
+from wavelatent.pipelines.study_design import Variant, make_variants, pairs
+from wavelatent.pipelines.train_diffusion import build_model
+from wavelatent.stage1_autoencoder.autoencoder import Autoencoder
+from wavelatent.stage2_diffusion.model import LatentDiffusion
 
 FACTORS: dict[str, Any] = {
     "bottleneck": {
@@ -186,6 +193,46 @@ def test_pairs_are_alike_in_all_else():
     assert pairs(variants, "bottleneck", "bounded", "plain", {"targets": "none"}) == []
     crossed = pairs(variants, "bottleneck", "bounded", "plain", {"targets": "none"}, {"targets": "unit"})
     assert crossed == [("free", "plain")]
+
+
+# --- what a seed decides, as the report's protocol and docs/study.md have it
+
+
+def denoiser(variant: Variant, channels: int) -> LatentDiffusion:
+    stats = SimpleNamespace(mean=[0.0] * channels, std=[1.0] * channels)
+    cache = SimpleNamespace(shape=(channels, 8, 8), manifest=SimpleNamespace(stats=stats), path="cache")
+    return build_model(variant.recipe.diffusion, cache)  # type: ignore[arg-type]
+
+
+def test_stage_two_begins_alike_where_latents_have_one_shape_and_meets_the_same_noise_levels_everywhere():
+    kl, bounded, wide, _ = make_variants(load_config(StudyConfig, "study-tiny"))
+    models = [denoiser(kl, 4), denoiser(bounded, 4), denoiser(wide, 6)]
+    first, same, other = ([p.detach() for p in model.network.parameters()] for model in models)
+    assert all(map(torch.equal, first, same))
+    assert not all(map(torch.equal, first[4:-4], other[4:-4])), "weights are drawn in order, also those inside"
+    drawn = [
+        model.draw_noise(torch.zeros(5, model.latent_shape[0], 8, 8), generator("noise", 0, 0, 3)) for model in models
+    ]
+    assert torch.equal(drawn[0][1], drawn[1][1])
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.allclose(drawn[2][0], math.sqrt(6 / 4) * drawn[0][0]), "but for the noise shift"
+
+
+def test_stage_one_begins_alike_up_to_the_first_layer_of_another_shape():
+    def begun(variant: Variant) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        return dict(Autoencoder(variant.recipe.autoencoder.model).named_parameters())
+
+    kl, bounded, *_ = make_variants(load_config(StudyConfig, "study-tiny"))
+    one, other = begun(kl), begun(bounded)
+    places = [name for name in one if one[name].shape != other[name].shape]
+    assert {name.rpartition(".")[0] for name in places} == {places[0].rpartition(".")[0]}
+    before = list(one)[: list(one).index(places[0])]
+    assert all(name.startswith("encoder.") for name in before)
+    assert all(torch.equal(one[name], other[name]) for name in before)
+    drawn = [name for name in one if name.startswith("decoder.") and one[name].std() > 0]
+    assert drawn
+    assert not any(torch.equal(one[name], other[name]) for name in drawn)
 
 
 # --- the presets
