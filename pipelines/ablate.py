@@ -26,7 +26,7 @@ from ..common.reference_features import choose_images
 from ..common.runtime import RuntimeOptions, StopRequest
 from .ablate_config import AblationConfig
 from .ablate_tables import Run, make_table, markdown
-from .cells import Cell, make_cells, take_shard, variant_configs, work_through
+from .cells import Cell, make_cells, result_key, take_shard, variant_configs, work_through
 from .evaluate import evaluate_reconstruction
 from .run_config import AutoencoderRunConfig
 from .train_autoencoder import train_autoencoder
@@ -243,7 +243,7 @@ def _all_different(configs: Mapping[str, AutoencoderRunConfig]) -> None:
     names = list(configs)
     for index, name in enumerate(names):
         for other in names[:index]:
-            if configs[name] == configs[other]:
+            if result_key(configs[name], {}) == result_key(configs[other], {}):
                 raise UsageError(f"variants: {other!r} and {name!r} come to the same configuration")
 
 

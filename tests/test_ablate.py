@@ -207,6 +207,7 @@ def test_a_training_that_diverges_is_named_and_the_others_go_on(tmp_path, monkey
         ({"variants": {"a": {}, "b": {"train.steps": 4}}}, ["same number of steps", "a 3, b 4"]),
         ({"variants": {"a": {}, "b": {"train.batch_size": 8}}}, ["same number of images", "a 12, b 24"]),
         ({"variants": {"a": {}, "b": {"train.steps": STEPS}}}, ["'a' and 'b' come to the same configuration"]),
+        ({"variants": {"a": {}, "b": {"train.log_every": 7}}}, ["'a' and 'b' come to the same configuration"]),
         ({"num_images": 7}, ["asked for 7 images of 6"]),
     ],
 )
