@@ -7,6 +7,7 @@ whitening per channel, optimiser, steps, batch size and seeds. Nothing is writte
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from ..stage1_autoencoder.health import Figure, LatentData, Plot, Section, Verdi
 from ..stage1_autoencoder.health_passes import graded
 from ..stage2_diffusion.generation import generate_latents
 from ..stage2_diffusion.model import LatentDiffusion
-from ..stage2_diffusion.objectives import EDMConfig
+from ..stage2_diffusion.objectives import REFERENCE_SIZE, EDMConfig
 from ..stage2_diffusion.sampling import Sampling
 from ..stage2_diffusion.unet import UNetConfig
 from ..stage2_diffusion.validation import SIGMA_BINS, Validation
@@ -160,7 +161,9 @@ def _fresh_model(data: LatentData) -> LatentDiffusion:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         shape, known = data.mean.shape[1:], {"mean": statistics.mean, "std": statistics.std}
-        return LatentDiffusion(NETWORK, EDMConfig(), shape, whitening="channel", statistics=known)
+        # By the root of the number of values, where it is below the reference's too: what the thresholds are for.
+        objective = EDMConfig(noise_shift=math.sqrt(math.prod(shape) / REFERENCE_SIZE))
+        return LatentDiffusion(NETWORK, objective, shape, whitening="channel", statistics=known)
 
 
 def _train(model: LatentDiffusion, latents: InMemoryLatents, positions: NDArray[np.int64], steps: int) -> list[float]:

@@ -40,7 +40,9 @@ class ObjectiveSettings(Config):
     """What every objective has."""
 
     noise_shift: Literal["auto"] | Positive = "auto"
-    """Factor on all noise levels; ``auto``: sqrt(values of a latent / ``reference_size``). 1 is no shift."""
+    """Factor on all noise levels; ``auto``: sqrt(values of a latent / ``reference_size``), but no less than 1.
+
+    1 is no shift. That ``auto`` only ever raises the levels is ours: see ``results/stage-two``."""
     reference_size: int = Field(REFERENCE_SIZE, ge=1)
     """Channels times height times width of the latents for which the other settings are meant."""
     weighting: WeightingConfig = NetworkWeightingConfig()
@@ -48,7 +50,9 @@ class ObjectiveSettings(Config):
 
     def shift_for(self, latent_size: int) -> float:
         """Return the factor on all noise levels for latents of ``latent_size`` values."""
-        return math.sqrt(latent_size / self.reference_size) if self.noise_shift == "auto" else self.noise_shift
+        if self.noise_shift == "auto":
+            return max(1.0, math.sqrt(latent_size / self.reference_size))
+        return self.noise_shift
 
 
 class EDMConfig(ObjectiveSettings):

@@ -164,10 +164,11 @@ def test_the_shift_of_flow_is_the_timestep_shift_of_sd3():
         torch.testing.assert_close(sigma / (1 + sigma), s * t / (1 + (s - 1) * t))
 
 
-def test_auto_is_the_root_of_the_size_over_the_reference_size():
+def test_auto_is_the_root_of_the_size_over_the_reference_size_and_at_least_1():
     for plain in PLAIN:
-        assert build(plain, 3 * 4 * 8).noise_shift == pytest.approx(math.sqrt(96 / 4096))
+        assert build(plain, 3 * 64 * 128).noise_shift == pytest.approx(math.sqrt(6))
         assert build(plain, 96, reference_size=24).noise_shift == 2
+        assert build(plain, 96, reference_size=97).noise_shift == 1, "levels are raised, never lowered"
         assert build(plain, 96, noise_shift=0.5).noise_shift == 0.5
 
 

@@ -33,6 +33,7 @@ CONFIG = {
         "kind": "unet", "channels": 8, "multipliers": [1, 2], "num_res_blocks": 1, "attention_levels": [1],
         "head_channels": 8, "dropout": 0.1,
     },
+    "objective": {"kind": "edm", "reference_size": 24},
     "train": {
         "steps": 6, "batch_size": 4, "gradient_accumulation": 2, "log_every": 2, "checkpoint_every": 3,
         "sample_every": 0, "num_samples": 3, "sample_steps": 2, "learning_rate": {"peak": 1e-2, "warmup_steps": 2},
@@ -202,7 +203,7 @@ def test_quick_evaluation_without_the_images_leaves_training_alone(
 
 
 def test_the_noise_shift_is_recorded_as_a_number(trained: Path) -> None:
-    shift = math.sqrt(3 * 4 * 8 / 4096)
+    shift = math.sqrt(3 * 4 * 8 / 24)
     assert parse_yaml((trained / "config.yaml").read_text(), "")["objective"]["noise_shift"] == pytest.approx(shift)
     model = load_diffusion(trained)
     assert model.objective.noise_shift == pytest.approx(shift)
