@@ -205,7 +205,8 @@ def denoiser(variant: Variant, channels: int) -> LatentDiffusion:
 
 
 def test_stage_two_begins_alike_where_latents_have_one_shape_and_meets_the_same_noise_levels_everywhere():
-    kl, bounded, wide, _ = make_variants(load_config(StudyConfig, "study-tiny"))
+    small_reference = ["diffusion.objective={kind: flow, reference_size: 256}"]
+    kl, bounded, wide, _ = make_variants(load_config(StudyConfig, "study-tiny", small_reference))
     models = [denoiser(kl, 4), denoiser(bounded, 4), denoiser(wide, 6)]
     first, same, other = ([p.detach() for p in model.network.parameters()] for model in models)
     assert all(map(torch.equal, first, same))
