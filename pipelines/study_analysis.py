@@ -41,7 +41,7 @@ def analyse(config: StudyConfig, variants: Sequence[Variant], records: Sequence[
         interactions=tuple(make_interactions(config, variants, tables)),
         predictors=tuple(predictors),
         rfid_against_gfid=tuple(reconstructions),
-        claims=tuple(make_claims(config, effects)),
+        claims=tuple(make_claims(config, effects, {record.variant for record in records if record.failed})),
         rule=rule_in_words(config, len(variants)),
         notes=tuple(dict.fromkeys([*notes, *about_health, *about_reconstructions])),
     )
@@ -87,7 +87,9 @@ def _notes_on_cells(config: StudyConfig, names: Sequence[str], records: Sequence
         )
     failed = [f"{record.variant} at seed {record.seed} ({record.failed})" for record in records if record.failed]
     if failed:
-        notes.append(f"cells that failed are left out, which flatters their variants: {'; '.join(failed)}")
+        notes.append(
+            f"cells that failed are left out, so that no comparison with their variants decides a claim: {'; '.join(failed)}"
+        )
     return notes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from .metric_columns import METRICS
 from .study_config import ClaimConfig, ComparisonConfig, StudyConfig
@@ -10,17 +10,25 @@ from .study_effects import Comparison, claimed_effects
 from .study_findings import Bounds, ClaimVerdict, Contrast, Effect, Part, Verdict
 
 
-def make_claims(config: StudyConfig, effects: Mapping[tuple[Comparison, str], Effect]) -> list[ClaimVerdict]:
-    """Return the verdict on every claim: supported where all of its parts are, refuted where any of them is."""
-    return [_claim(name, claim, effects, config) for name, claim in config.claims.items()]
+def make_claims(
+    config: StudyConfig, effects: Mapping[tuple[Comparison, str], Effect], failed: Collection[str] = ()
+) -> list[ClaimVerdict]:
+    """Return the verdict on every claim: supported where all of its parts are, refuted where any of them is.
+
+    ``failed`` are the variants of which a cell failed. What is left of such a variant are its lucky seeds, so nothing
+    is concluded from a comparison with it.
+    """
+    return [_claim(name, claim, effects, failed, config) for name, claim in config.claims.items()]
 
 
 def _claim(
-    name: str, claim: ClaimConfig, effects: Mapping[tuple[Comparison, str], Effect], config: StudyConfig
+    name: str,
+    claim: ClaimConfig,
+    effects: Mapping[tuple[Comparison, str], Effect],
+    failed: Collection[str],
+    config: StudyConfig,
 ) -> ClaimVerdict:
-    parts = [
-        _part(comparison, effects[Comparison.of(comparison), comparison.metric]) for comparison in claim.comparisons
-    ]
+    parts = [_part(c, effects[Comparison.of(c), c.metric], failed) for c in claim.comparisons]
     verdicts = {part.verdict for part in parts}
     verdict: Verdict = "inconclusive"
     if "refuted" in verdicts:
@@ -30,11 +38,12 @@ def _claim(
     return ClaimVerdict(name, claim.statement, verdict, tuple(parts), _reason(parts, verdict, config))
 
 
-def _part(comparison: ComparisonConfig, effect: Effect) -> Part:
+def _part(comparison: ComparisonConfig, effect: Effect, failed: Collection[str]) -> Part:
     verdict: Verdict = "inconclusive"
-    if effect.simultaneous is not None:
+    lucky = tuple(dict.fromkeys(name for pair in effect.contexts for name in pair if name in failed))
+    if effect.simultaneous is not None and not lucky:
         verdict = judge(effect.simultaneous, effect.metric, comparison.expect, comparison.margin)
-    return Part(effect, comparison.expect, comparison.margin, verdict)
+    return Part(effect, comparison.expect, comparison.margin, verdict, lucky)
 
 
 def judge(interval: Bounds, metric: str, expect: str, margin: float = 0.0) -> Verdict:
@@ -75,7 +84,8 @@ def _told(part: Part) -> str:
         return f"{label} of {compared} cannot be judged ({effect.reason})"
     number = figure(effect, effect.estimate)
     bounds = " to ".join(figure(effect, bound) for bound in effect.simultaneous)
-    return f"{label} of {compared} is {number} ({bounds}), {_expected(part)}: {part.verdict}"
+    why = f", as a cell of {' and of '.join(part.failed)} failed" if part.failed else ""
+    return f"{label} of {compared} is {number} ({bounds}), {_expected(part)}: {part.verdict}{why}"
 
 
 def side(effect: Effect, *, against: bool = False) -> str:
@@ -132,7 +142,8 @@ def rule_in_words(config: StudyConfig, num_variants: int) -> str:
             "supported where the whole interval is better than no effect and refuted where all of it is worse; “worse” "
             "the other way round; “no worse” by a margin is supported where the whole interval is better than the "
             "margin and refuted where all of it is worse; anything else is inconclusive, which does not mean that "
-            "there is no effect. A claim is supported where all of its comparisons are, and refuted where one is."
+            "there is no effect. A claim is supported where all of its comparisons are, and refuted where one is. A "
+            "comparison with a variant of which a cell failed is inconclusive: what is left are its lucky seeds."
         )
     parts.append("All other intervals are 95 % each, for display. Interactions and rank correlations are exploratory.")
     return " ".join(parts)

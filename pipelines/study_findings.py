@@ -126,12 +126,17 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison of a claim: its effect, what the claim expects of it, and what came out."""
+    """One comparison of a claim: its effect, what the claim expects of it, and what came out.
+
+    Attributes:
+        failed: the variants in it of which a cell failed, which leaves it inconclusive.
+    """
 
     effect: Effect
     expect: Literal["better", "worse", "no_worse"]
     margin: float
     verdict: Verdict
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -337,8 +337,9 @@ class TestWhatIsMissing:
             for seed in range(3)
         }
         analysis = analyse(config, variants, recorded(variants, {"kid_mean": kid}, failed=reasons))
-        assert [claim.verdict for claim in analysis.claims] == ["inconclusive", "supported"]
+        assert [claim.verdict for claim in analysis.claims] == ["inconclusive", "inconclusive"]
         assert "b has no KID" in analysis.claims[0].reason
+        assert "inconclusive, as a cell of c failed" in analysis.claims[1].reason, "its lucky seeds decide nothing"
         kid[1], kid[2, 1] = np.nan, np.nan
         estimate = AdditiveModel(np.log(kid)).contrast(contrast(6, 2, 0))
         effect = effect_of(analysis, level="c")
