@@ -88,7 +88,8 @@ def _notes_on_cells(config: StudyConfig, names: Sequence[str], records: Sequence
     failed = [f"{record.variant} at seed {record.seed} ({record.failed})" for record in records if record.failed]
     if failed:
         notes.append(
-            f"cells that failed are left out, so that no comparison with their variants decides a claim: {'; '.join(failed)}"
+            "cells that failed are left out, so that no comparison with their variants decides a claim: "
+            + "; ".join(failed)
         )
     return notes
 
