@@ -305,8 +305,8 @@ def write_results(plan: Plan, *, again: bool, photographs: bool = True) -> dict[
     paths = {"results": str(out / RESULTS), "summary": str(out / SUMMARY), "report": str(out / PAGE)}
     whole = all(Path(path).is_file() for path in paths.values())
     if again or not whole or (out / RESULTS).read_text(encoding="utf-8") != text:
-        shown = {"photographs": photographs, "device": plan.bench.options.device}
-        write_report(out, config, variants, records, analysis, setting, **shown)
+        device = plan.bench.options.device
+        write_report(out, config, variants, records, analysis, setting, photographs=photographs, device=device)
         write_atomically(out / RESULTS, text)
     return {**paths, "claims": {claim.name: claim.verdict for claim in analysis.claims}}
 
