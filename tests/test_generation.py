@@ -69,12 +69,13 @@ def test_the_moments_of_the_data_come_out_of_every_grid(objective, sampler, monk
     """Of whitened data that is N(0, 1) everywhere the best denoiser is known: E[y | x] = x / (1 + sigma^2)."""
     model = make(objective)
     monkeypatch.setattr(model, "denoise", lambda x, sigma, labels=None: x / (1 + expand_like(sigma, x) ** 2))
+    steps = 192 if sampler == "dpmpp_2m_sde" else 96  # it takes more to come down from the highest levels
     for grid in GRIDS:
-        raw = generate_latents(model, range(60), sampling=sampling_with(sampler, grid, 96))
+        raw = generate_latents(model, range(60), sampling=sampling_with(sampler, grid, steps))
         channels = raw.transpose(0, 1).flatten(1)  # 1,440 draws of each
         std = torch.tensor(STATISTICS["std"])
         assert ((channels.mean(dim=1) - torch.tensor(STATISTICS["mean"])) / std).abs().max() < 4 / math.sqrt(1440)
-        assert (channels.std(dim=1) / std - 1).abs().max() < 4 / math.sqrt(2 * 1440) + 0.08  # chance, and 96 steps
+        assert (channels.std(dim=1) / std - 1).abs().max() < 4 / math.sqrt(2 * 1440) + 0.05  # chance, and so few steps
 
 
 def test_seeds_and_labels_decide():
