@@ -14,6 +14,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+
+from wavelatent.pipelines.study_statistics import AdditiveModel
 
 HERE = Path(__file__).resolve().parent
 LABELS = {
@@ -26,6 +29,8 @@ LABELS = {
     "edm-32": "EDM, 32 channels",
     "edm-32-unshifted": "EDM, 32 channels, no shift",
 }
+COMPARED = ("edm", "flow", "flow-uniform", "eps", "v", "edm-unshifted")
+"""On the same latents; the first is what the others are compared with."""
 LEFT_OUT = {"run", "guide", "library versions", "reference"}
 
 
@@ -36,7 +41,8 @@ def main(out: Path) -> None:
     validation = {name: last_validation(out / name) for name in runs}
     result = {"runs": runs, "validation": validation, "samplers": samplers}
     (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    (HERE / "tables.md").write_text(objectives_table(runs, validation) + "\n\n" + samplers_table(samplers) + "\n")
+    tables = [objectives_table(runs, validation), effects_table(runs), samplers_table(samplers)]
+    (HERE / "tables.md").write_text("\n\n".join(tables) + "\n")
     draw(samplers)
 
 
@@ -74,6 +80,26 @@ def objectives_table(runs: dict[str, dict[str, Any]], validation: dict[str, dict
             ]
             cells.append(figures(losses, 4))
             lines.append(f"| {LABELS[variant]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def effects_table(runs: dict[str, dict[str, Any]]) -> str:
+    """Return KID and FID of every variant on the same latents over those of the first, with 95 % intervals.
+
+    As in `study`: logarithms, variant plus seed, the residuals pooled over all variants.
+    """
+    seeds = sorted({name.rpartition("-seed")[2] for name in runs})
+    lines = [f"| against {LABELS[COMPARED[0]]} | KID | FID |", "|---|---|---|"]
+    for variant in COMPARED[1:]:
+        weights = np.array([(name == variant) - (name == COMPARED[0]) for name in COMPARED], dtype=float)
+        cells = []
+        for metric in ("kid_mean", "fid"):
+            values = [[runs[f"{name}-seed{seed}"]["metrics"][metric] for seed in seeds] for name in COMPARED]
+            effect = AdditiveModel(np.log(values)).contrast(weights)
+            assert effect is not None, "no cell is missing"
+            low, high = effect.interval()
+            cells.append(f"×{np.exp(effect.value):.3f} [{np.exp(low):.3f}, {np.exp(high):.3f}]")
+        lines.append(f"| {LABELS[variant]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
