@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from wavelatent.pipelines.study_statistics import AdditiveModel
 
@@ -134,8 +135,11 @@ def draw(samplers: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for sampler, points in sorted(curves.items()):
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=sampler)
-    axes.set(xscale="log", xlabel="evaluations of the network", ylabel="FID, N = 5,000")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="FID, N = 5,000")
+    for axis, ticks in ((axes.xaxis, [8, 16, 32]), (axes.yaxis, [60, 80, 120, 180, 280])):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(HERE / "samplers.png", dpi=120)
