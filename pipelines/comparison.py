@@ -12,8 +12,6 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..common.evaluation import Result
-
 NOT_COMPARABLE = "not comparable"
 
 IDENTITY = (
@@ -43,25 +41,13 @@ DEFINED_BY: dict[str, tuple[str, ...]] = {
 _CLAIMED = {field for fields in DEFINED_BY.values() for field in fields}
 
 
-def differences(first: Result, other: Result, metric: str | None = None) -> list[str]:
-    """Name the fields of the protocol that must agree and do not, each as ``field (other's against first's value)``.
+def protocol_differences(first: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> list[str]:
+    """Name the fields that must agree and do not, each as ``field (other's against first's value)``.
 
     Args:
-        first: the result that the other one is held against.
-        other: the result that is held against it.
-        metric: the figure to compare; None is every one that both results have.
-    """
-    if metric is not None:
-        return protocol_differences(first.protocol, other.protocol, metric)
-    shared = [name for name in first.metrics if name in other.metrics]
-    found = [line for name in shared for line in protocol_differences(first.protocol, other.protocol, name)]
-    return list(dict.fromkeys(found))
-
-
-def protocol_differences(first: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> list[str]:
-    """Return :func:`differences` between two protocols, nested or already flat, for one metric.
-
-    Where no field claims ``metric``, it is defined by the fields that define them all.
+        first: the protocol, nested or already flat, that the other one is held against.
+        other: the protocol that is held against it.
+        metric: the figure to compare. Where no field claims it, it is defined by the fields that define them all.
     """
     first, other = flatten(first), flatten(other)
     own = DEFINED_BY.get(metric, ())

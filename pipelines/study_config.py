@@ -198,6 +198,15 @@ class StudyConfig(Config):
         return factors
 
     @model_validator(mode="after")
+    def _factors_vary(self) -> StudyConfig:
+        for factor, levels in self.factors.items():
+            if len(levels) < 2:  # such as an override of a mistyped one makes
+                near = difflib.get_close_matches(factor, [other for other in self.factors if other != factor], n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ": give it another, or leave it out"
+                raise ValueError(f"factors.{factor} has one level, which varies nothing{hint}")
+        return self
+
+    @model_validator(mode="after")
     def _names_are_known(self) -> StudyConfig:
         for where, levels in self._named():
             for factor, level in levels.items():

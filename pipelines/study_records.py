@@ -24,8 +24,8 @@ class CellRecord:
         health: figures of the latent health report, ``section.figure`` -> value; verdicts that are faults or notes
             stand under ``verdicts``.
         verdicts: ``section: verdict name`` of the health report's faults and notes.
-        cost: ``autoencoder_seconds``, ``diffusion_seconds`` and ``evaluation_seconds`` of wall time, and
-            ``parameters`` of both stages.
+        cost: wall time of training (``autoencoder_seconds``, ``diffusion_seconds``) and of measuring
+            (``reconstruction_seconds``, ``generation_seconds``, ``health_seconds``), and parameters of both stages.
         folders: where it is, relative to the study's folder: ``autoencoder``, ``latents``, ``diffusion``. Cells with
             the same autoencoder name the same folder.
         protocol: what both evaluations record of how they measured.

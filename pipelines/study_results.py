@@ -53,7 +53,7 @@ def record_of(cell: StudyCell, bench: Workbench, root: Path, networks: Networks)
         intervals={name: value for result in measured.values() for name, value in result.intervals.items()},
         health=health_figures(health),
         verdicts=health_verdicts(health),
-        cost=_cost(first, second, measured.values(), health, networks),
+        cost=_cost(first, second, measured, health, networks),
         protocol={name: without_paths(result.protocol) for name, result in measured.items()},
     )
 
@@ -159,12 +159,12 @@ def last_logged(run: Path) -> dict[str, Any]:
 
 
 def _cost(
-    first: Task, second: Task, measured: Iterable[Result], health: Mapping[str, Any], networks: Networks
+    first: Task, second: Task, measured: Mapping[str, Result], health: Mapping[str, Any], networks: Networks
 ) -> dict[str, float]:
     return {
         "autoencoder_seconds": last_logged(first.folder).get("seconds", 0.0),
         "diffusion_seconds": last_logged(second.folder).get("seconds", 0.0),
-        "evaluation_seconds": round(sum(result.seconds for result in measured), 3),
+        **{f"{name}_seconds": result.seconds for name, result in measured.items()},
         "health_seconds": health.get("seconds", 0.0),
         "autoencoder_parameters": networks.autoencoder_parameters,
         "denoiser_parameters": networks.denoiser_parameters,

@@ -296,12 +296,13 @@ def _is_seed(name: str) -> bool:
     return name.rpartition(".")[2] == "seed"
 
 
-SECONDS = {
+OF_AUTOENCODER = {
     "autoencoder_seconds": "stage one",
-    "diffusion_seconds": "stage two",
-    "evaluation_seconds": "evaluation",
+    "reconstruction_seconds": "its evaluation",
     "health_seconds": "latent health",
 }
+"""Wall times that cells with the same autoencoder share."""
+SECONDS = {**OF_AUTOENCODER, "diffusion_seconds": "stage two", "generation_seconds": "its evaluation"}
 
 
 def cost_table(records: Sequence[CellRecord]) -> Table:

@@ -15,7 +15,7 @@ from .study_design import Variant
 from .study_effects import claimed_effects
 from .study_findings import Analysis
 from .study_records import CellRecord
-from .study_tables import SECONDS
+from .study_tables import OF_AUTOENCODER, SECONDS
 
 AT_THIS_SCALE = "at this scale"
 VERDICTS = ("supported", "refuted", "inconclusive")
@@ -100,7 +100,7 @@ def total_seconds(records: Sequence[CellRecord]) -> dict[str, float]:
     for record in records:
         autoencoder = record.folders.get("autoencoder", f"{record.variant}, seed {record.seed}")
         for key in SECONDS:
-            if key != "autoencoder_seconds" or autoencoder not in seen:
+            if key not in OF_AUTOENCODER or autoencoder not in seen:
                 total[key] += record.cost.get(key, 0.0)
         seen.add(autoencoder)
     return total

@@ -5,10 +5,8 @@ import re
 import pytest
 
 from wavelatent.common.config import PRESETS
-from wavelatent.common.evaluation import Result
-from wavelatent.pipelines.comparison import DEFINED_BY, differences, flatten, protocol_differences
+from wavelatent.pipelines.comparison import DEFINED_BY, flatten, protocol_differences
 
-METRICS = {"psnr": 30.0, "lpips": 0.1, "rfid": 2.0}
 PROTOCOL = {
     "num_samples": 100,
     "num_reference": 100,
@@ -22,8 +20,8 @@ PROTOCOL = {
 }
 
 
-def result(metrics: dict = METRICS, **changes: object) -> Result:
-    return Result(metrics=metrics, protocol={**PROTOCOL, **changes}, seconds=1)
+def differences(metric: str = "lpips", **changes: object) -> list[str]:
+    return protocol_differences(PROTOCOL, {**PROTOCOL, **changes}, metric)
 
 
 @pytest.mark.parametrize(
@@ -35,30 +33,29 @@ def result(metrics: dict = METRICS, **changes: object) -> Result:
     ],
     ids=["equal", "another autoencoder", "how it was measured"],
 )
-def test_what_does_not_define_a_figure_may_differ(changes):
-    assert differences(result(), result(**changes)) == []
+@pytest.mark.parametrize("metric", ["psnr", "lpips", "rfid"])
+def test_what_does_not_define_a_figure_may_differ(changes, metric):
+    assert differences(metric, **changes) == []
 
 
 def test_a_field_that_every_figure_rests_on_is_named_with_both_values():
-    assert differences(result(), result(num_samples=50)) == ["num_samples (50 against 100)"]
+    for metric in ("psnr", "lpips", "rfid"):
+        assert differences(metric, num_samples=50) == ["num_samples (50 against 100)"]
+        half = {"path": "a", "fingerprint": "f", "mixed_precision": "bf16"}
+        assert differences(metric, autoencoder=half) == ["autoencoder.mixed_precision (bf16 against no)"]
     resize = {"data": "bicubic", "features": "bilinear"}
-    assert differences(result(), result(resize=resize)) == ["resize.data (bicubic against lanczos)"]
-    half = {"path": "a", "fingerprint": "f", "mixed_precision": "bf16"}
-    assert differences(result(), result(autoencoder=half)) == ["autoencoder.mixed_precision (bf16 against no)"]
-    assert differences(result(), result(num_samples=50), "psnr")
+    assert differences("rfid", resize=resize) == ["resize.data (bicubic against lanczos)"]
 
 
 def test_a_field_of_one_figure_leaves_the_others_comparable():
-    other = result(lpips_net="vgg")
-    assert differences(result(), other) == ["lpips_net (vgg against alex)"]
-    assert differences(result(), other, "psnr") == []
-    assert differences(result(), other, "lpips")
-    assert differences(result(), result({"psnr": 1.0}, lpips_net="vgg")) == [], "only one of them has that figure"
+    assert differences("psnr", lpips_net="vgg") == []
+    assert differences("rfid", lpips_net="vgg") == []
+    assert differences("lpips", lpips_net="vgg") == ["lpips_net (vgg against alex)"]
 
 
 def test_a_field_that_one_protocol_lacks_and_one_that_nobody_knows_count():
-    assert differences(result(), result(novel=1)) == ["novel (1 against none)"]
-    assert differences(result(novel=1), result()) == ["novel (none against 1)"]
+    assert differences(novel=1) == ["novel (1 against none)"]
+    assert protocol_differences({**PROTOCOL, "novel": 1}, PROTOCOL, "lpips") == ["novel (none against 1)"]
     assert protocol_differences({"a": 1}, {"a": 2}, "no such metric") == ["a (2 against 1)"]
 
 

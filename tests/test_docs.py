@@ -412,7 +412,7 @@ def test_the_factors_and_claims_of_the_study_are_those_of_its_presets():
 
 
 def test_every_setting_of_a_study_has_a_row_with_the_codes_default():
-    default = StudyConfig(title="t", factors={"f": {"level": {}}}).model_dump(mode="json")
+    default = StudyConfig(title="t", factors={"f": {"level": {}, "other": {}}}).model_dump(mode="json")
     named: dict[str, set[str]] = {}
     for row in cells_of("A study of your own", "key"):
         for code in codes(row[0]):

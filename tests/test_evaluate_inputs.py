@@ -20,7 +20,7 @@ from wavelatent.common.image_metrics import psnr
 from wavelatent.common.images import open_data, to_float, to_uint8
 from wavelatent.common.metric_weights import MissingWeightsError
 from wavelatent.pipelines import evaluate
-from wavelatent.pipelines.comparison import differences
+from wavelatent.pipelines.comparison import protocol_differences
 from wavelatent.pipelines.evaluate import evaluate_generation, evaluate_reconstruction
 from wavelatent.pipelines.evaluation_text import describe, paper_line
 from wavelatent.pipelines.prepare import prepare
@@ -101,7 +101,10 @@ def test_given_statistics_are_accepted_for_fid_alone_and_flagged(data, samples, 
     assert result.protocol["num_reference"] is None
     assert result.protocol["reference_statistics"]
     assert any(note.startswith("given-statistics:") for note in result.protocol["notes"])
-    assert any(line.startswith("reference_statistics") for line in differences(of_images, result, "fid"))
+    assert any(
+        line.startswith("reference_statistics")
+        for line in protocol_differences(of_images.protocol, result.protocol, "fid")
+    )
     assert "against given statistics" in describe(result)
     with pytest.raises(UsageError, match="leave out --num-reference"):
         evaluate_generation(samples=samples, data=given, num_reference=5)
@@ -261,7 +264,9 @@ def test_without_intervals_there_is_no_interval_nor_extrapolation(data, samples)
     with_them = evaluate_generation(samples=samples, data=str(data))
     assert with_them.metrics["fid"] == result.metrics["fid"]
     assert "fid" in with_them.intervals, "measured again, as it was not asked for before"
-    assert differences(result, with_them) == [], "how sure a figure is does not define it"
+    assert protocol_differences(result.protocol, with_them.protocol, "fid") == [], (
+        "how sure a figure is does not define it"
+    )
 
 
 def test_a_rerun_gives_the_same_bits_whatever_was_cached(data, samples):

@@ -145,7 +145,7 @@ def test_a_report_of_what_is_finished(out, steps):
     assert cell["metrics"] == {"rfid": 2.0, "fid": 4.0, "kid_mean": 0.5}
     assert cell["health"] == {"scale.std": 2.0, "scale.rank": 2.0}
     assert cell["verdicts"] == ["scale: note", "scale: fault"]
-    assert (cell["cost"]["diffusion_seconds"], cell["cost"]["evaluation_seconds"]) == (7.0, 22.0)
+    assert (cell["cost"]["diffusion_seconds"], cell["cost"]["generation_seconds"]) == (7.0, 11.0)
     assert str(out) not in (out / "results.json").read_text()
 
 

@@ -93,6 +93,11 @@ def test_words_that_yaml_takes_for_truth_values_are_to_be_quoted(study, sections
         ),
         ({"factors": {"a": {"x": {"autoencoder.seed": 4}}}}, "a.x changes the seed, which is what seeds are for"),
         ({"factors": {"a": {"x": {"diffusion": {"seed": 4}}}}}, "a.x changes the seed"),
+        (
+            {"factors": {"a": {"x": {}}}},
+            "factors.a has one level, which varies nothing: give it another, or leave it out",
+        ),
+        ({"factors": {"noise": {"a": {}, "b": {}}, "nois": {"c": {}}}}, "varies nothing; did you mean 'noise'"),
         ({"factors": {"a": {"x": None}}}, "factors.a.x: Input should be a valid dictionary"),
         ({"seeds": []}, "seeds: Tuple should have at least 1 item"),
         ({"seeds": [1, 2, 1]}, "seeds: a seed is given twice"),

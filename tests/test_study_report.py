@@ -123,7 +123,8 @@ def record(variant: Variant, seed: int) -> CellRecord:
         cost={
             "autoencoder_seconds": 600.0,
             "diffusion_seconds": 1200.0,
-            "evaluation_seconds": 180.0,
+            "reconstruction_seconds": 60.0,
+            "generation_seconds": 120.0,
             "autoencoder_parameters": 1_234_567,
         },
         folders=folders(variant.name, seed),
@@ -249,7 +250,9 @@ def test_costs_count_a_shared_autoencoder_once(whole: Path) -> None:
     assert len(autoencoders) == len(done) - 3
     total = total_seconds(records)
     assert total["autoencoder_seconds"] == 600 * len(autoencoders)
+    assert total["reconstruction_seconds"] == 60 * len(autoencoders)
     assert total["diffusion_seconds"] == 1200 * len(done)
+    assert total["generation_seconds"] == 120 * len(done)
 
 
 def test_it_draws_what_the_folders_hold(whole: Path) -> None:
