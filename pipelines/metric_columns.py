@@ -44,3 +44,10 @@ METRICS = {
     "lpips": Column("LPIPS", 4, False, 1, "ratio"),
 }
 """By their name in ``metrics.json``."""
+
+ON_REQUEST = {
+    "density": Column("density", 3, True, 2, "difference"),
+    "coverage": Column("coverage", 3, True, 2, "difference"),
+    "fd_dinov2": Column("FD-DINOv2", 1, False, 2, "ratio"),
+}
+"""What a report shows beside these where it was measured."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from ..common.evaluation import SMALL_SAMPLE
 from .comparison import NOT_COMPARABLE, flatten, plain, protocol_differences
+from .metric_columns import METRICS as METRIC_COLUMNS
+from .metric_columns import ON_REQUEST, Column
 from .report_runs import EVALUATIONS, Run, Variant
 
 _ELSEWHERE = re.compile(r"notes$|\w+_extrapolated\.")
@@ -20,10 +22,8 @@ class Metric:
     """A column of a metric table; an ``optional`` one is left out where no variant has it."""
 
     key: str
-    title: str
-    better: str
+    column: Column
     stage: int
-    digits: int
     optional: bool = False
     saved_as: str = ""
     """Its name in ``metrics.json``, where that is not its key here."""
@@ -33,21 +33,26 @@ class Metric:
         """Its name in ``metrics.json``."""
         return self.saved_as or self.key
 
+    @property
+    def title(self) -> str:
+        """What a paper calls it."""
+        return self.column.label
 
-METRICS = [
-    Metric("psnr", "PSNR (dB)", "higher", 1, 2),
-    Metric("ssim", "SSIM", "higher", 1, 3),
-    Metric("lpips", "LPIPS", "lower", 1, 3),
-    Metric("rfid", "rFID", "lower", 1, 2),
-    Metric("rfd_dinov2", "FD-DINOv2", "lower", 1, 1, optional=True, saved_as="fd_dinov2"),
-    Metric("fid", "FID", "lower", 2, 2),
-    Metric("kid_mean", "KID", "lower", 2, 4),
-    Metric("precision", "Precision", "higher", 2, 3),
-    Metric("recall", "Recall", "higher", 2, 3),
-    Metric("density", "Density", "higher", 2, 3, optional=True),
-    Metric("coverage", "Coverage", "higher", 2, 3, optional=True),
-    Metric("fd_dinov2", "FD-DINOv2", "lower", 2, 1, optional=True),
-]
+    @property
+    def better(self) -> str:
+        """Which values are the better ones."""
+        return "higher" if self.column.higher_is_better else "lower"
+
+
+def _metrics() -> list[Metric]:
+    found = [Metric(key, METRIC_COLUMNS[key], 1) for key in ("psnr", "ssim", "lpips", "rfid")]
+    # The one figure that both stages have under one name.
+    found.append(Metric("rfd_dinov2", ON_REQUEST["fd_dinov2"], 1, optional=True, saved_as="fd_dinov2"))
+    found += [Metric(key, METRIC_COLUMNS[key], 2) for key in ("fid", "kid_mean", "precision", "recall")]
+    return found + [Metric(key, column, 2, optional=True) for key, column in ON_REQUEST.items()]
+
+
+METRICS = _metrics()
 METRICS_BY_KEY = {metric.key: metric for metric in METRICS}
 
 
@@ -130,10 +135,10 @@ def _cell(variant: Variant, metric: Metric) -> Cell:
     if not isinstance(value, int | float):
         reason = run.evaluation.get("not_computed", {}).get(metric.name, "not among the metrics that were saved")
         return Cell("not computed", not_computed=reason)
-    text = f"{value:.{metric.digits}f}"
+    text = f"{value:.{metric.column.digits}f}"
     spread = metrics.get("kid_std") if metric.key == "kid_mean" else None
     if isinstance(spread, int | float):
-        text += f" ± {spread:.{metric.digits}f}"
+        text += f" ± {spread:.{metric.column.digits}f}"
     return Cell(text, float(value), _interval(metrics, metric.name), _extrapolated(metrics, metric.name))
 
 
