@@ -26,8 +26,18 @@ from ..common.reference_features import choose_images
 from ..common.runtime import RuntimeOptions, StopRequest
 from .ablate_config import AblationConfig
 from .ablate_tables import Run, make_table, markdown
-from .cells import Cell, make_cells, result_key, take_shard, variant_configs, work_through
+from .cells import (
+    Cell,
+    fail,
+    failure,
+    make_cells,
+    result_key,
+    take_shard,
+    variant_configs,
+    work_through,
+)
 from .evaluate import evaluate_reconstruction
+from .report_runs import read_json
 from .run_config import AutoencoderRunConfig
 from .train_autoencoder import train_autoencoder
 
@@ -157,35 +167,42 @@ class _Bench:
         return make_cells(self.configs, self.config.seeds, root, context)
 
     def work(self, cell: AutoencoderCell, number: str) -> None:
-        """Train and measure ``cell`` where it is not yet; a training that diverges is left as failed."""
+        """Train and measure ``cell`` where it is not yet; what is not finite is noted as failed."""
         if (result := self._result(cell)) is not None and not result.not_computed:
             return print(f"{number} {cell}: there already", file=sys.stderr)
+        if (why := failure(cell.folder)) is not None:
+            return print(f"{number} {cell}: {why}", file=sys.stderr)
         if self.state(cell) != "trained":
             print(f"{number} {cell}: training", file=sys.stderr)
         minutes = self.options.max_minutes
         left = None if minutes is None else max(0.0, minutes - (time.monotonic() - self._begin) / 60)
         options = replace(self.options, max_minutes=left, overwrite=False)
+        step = "training"
         try:
             train_autoencoder(cell.config, data=self.data, out=cell.folder, options=options)
+            step = "measuring"
+            print(f"{number} {cell}: {step}", file=sys.stderr)
+            evaluate_reconstruction(
+                str(cell.folder),
+                self.evaluation.spec,
+                num_images=self.evaluation.num_images,
+                lpips_net=self.config.lpips_net,
+                batch_size=self.batch_size,
+                device=self.options.device,
+            )
         except Diverged as error:
-            return print(f"{number} {cell}: failed: {error}", file=sys.stderr)
-        print(f"{number} {cell}: measuring", file=sys.stderr)
-        evaluate_reconstruction(
-            str(cell.folder),
-            self.evaluation.spec,
-            num_images=self.evaluation.num_images,
-            lpips_net=self.config.lpips_net,
-            batch_size=self.batch_size,
-            device=self.options.device,
-        )
+            print(f"{number} {cell}: failed: {error}", file=sys.stderr)
+            fail(cell.folder, step, "autoencoder", error)
         return None
 
     def state(self, cell: AutoencoderCell) -> str:
         """Return how far ``cell`` is, in one word."""
         if self._result(cell) is not None:
             return "measured"
-        state = _read_json(cell.folder / "status.json").get("state", "new")
-        return {"new": "new", "done": "trained", "failed": "failed"}.get(state, "started")
+        if failure(cell.folder) is not None:
+            return "failed"
+        state = read_json(cell.folder / "status.json").get("state", "new")
+        return {"new": "new", "done": "trained"}.get(state, "started")
 
     def summary(self, cell: AutoencoderCell) -> Run:
         """Return what the table needs of a cell that is measured or failed."""
@@ -249,7 +266,7 @@ def _all_different(configs: Mapping[str, AutoencoderRunConfig]) -> None:
 
 def _commit(cell: AutoencoderCell) -> str | None:
     """Return the commit that the cell was first trained at, where it was trained in a checkout."""
-    return _read_json(cell.folder / "environment.json").get("git_commit")
+    return read_json(cell.folder / "environment.json").get("git_commit")
 
 
 def _equal(what: str, by_variant: Mapping[str, int]) -> int:
@@ -258,7 +275,3 @@ def _equal(what: str, by_variant: Mapping[str, int]) -> int:
         listed = ", ".join(f"{name} {value}" for name, value in by_variant.items())
         raise UsageError(f"variants: all must be trained on the same number of {what}, and these are not: {listed}")
     return next(iter(by_variant.values()))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -104,7 +104,7 @@ def _differences(runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any]
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    failed = [f"{run.variant}, seed {run.seed}: the training failed and is left out" for run in runs if not run.result]
+    failed = [f"{run.variant}, seed {run.seed}: failed, and is left out" for run in runs if not run.result]
     missing = [f"{name}: {why}" for run in runs if run.result for name, why in run.result.not_computed.items()]
     measured = [note for run in runs if run.result for note in run.result.protocol.get("notes", [])]
     return list(dict.fromkeys([*failed, *missing, *measured]))

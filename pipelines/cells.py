@@ -19,15 +19,18 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from ..common.config import merge, validate
-from ..common.errors import Stopped, UsageError
+from ..common.errors import Diverged, Stopped, UsageError
+from ..common.files import write_atomically
 from ..common.run_folder import MAY_CHANGE
 from ..common.runtime import StopRequest
+from .report_runs import read_json
 
 C = TypeVar("C", bound=BaseModel)
 
 POLL_SECONDS = 2.0
 NOT_IN_RESULT = MAY_CHANGE - {"train.steps"}
 """Settings that change when and what a run shows, and nothing that it computes: they do not name a cell."""
+FAILURE = "failure.json"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,18 @@ class Cell(Generic[C]):
 
 K = TypeVar("K", bound=Cell[Any])
 T = TypeVar("T")
+
+
+def fail(folder: Path, step: str, stage: str, error: Diverged) -> None:
+    """Note in a cell's ``folder`` that its work cannot be finished, because ``step`` ended in ``error``."""
+    what = " ".join(str(error).split()).partition(": ")[0].replace(str(folder), folder.name)
+    record = {"step": step, "error": f"{stage}, {step}: {what}"}
+    write_atomically(folder / FAILURE, json.dumps(record, indent=2) + "\n")
+
+
+def failure(folder: Path) -> str | None:
+    """Return what :func:`fail` noted in ``folder``; None where nothing failed."""
+    return read_json(folder / FAILURE).get("error")
 
 
 def variant_configs(base: C, variants: Mapping[str, Mapping[str, Any]]) -> dict[str, C]:

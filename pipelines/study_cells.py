@@ -9,13 +9,12 @@ computed in it; cells with the same autoencoder share that task. What is done is
     OUT/latents/<hash>-seed<k>/       the latent cache that this autoencoder made
     OUT/diffusions/<hash>-seed<k>/    a run of train-diffusion on it, with evaluation-generation/
 
-A task whose loss, gradient or latents are not finite has failed: ``failure.json`` in its folder says how, and it is not
-tried again until that file is removed.
+A task whose loss, gradient, latents or images are not finite has failed: ``failure.json`` in its folder says how, and
+it is not tried again until that file is removed.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,12 +23,11 @@ from typing import Any, Literal, NamedTuple
 
 from ..common.errors import Diverged
 from ..common.evaluation import Result
-from ..common.files import write_atomically
 from ..common.latent_cache import MANIFEST
 from ..common.reference_features import choose_images
 from ..common.runtime import RuntimeOptions
 from ..stage2_diffusion.sampling import Sampling
-from .cells import Cell, make_cells, take_shard
+from .cells import Cell, fail, failure, make_cells, take_shard
 from .diagnose import RECORD, diagnose
 from .encode import encode
 from .evaluate import evaluate_generation, evaluate_reconstruction
@@ -45,7 +43,6 @@ from .train_diffusion import train_diffusion
 
 CELL_FORMAT = 1
 """To be raised where the same configuration comes to train otherwise than before: older cells are not taken then."""
-FAILURE = "failure.json"
 FINAL_STATES = {"finished", "failed"}
 Stage = Literal["autoencoder", "diffusion"]
 
@@ -167,14 +164,12 @@ class Workbench:
 
     def failure(self, task: Task) -> str | None:
         """Return why a task has failed, or its autoencoder's; None where neither has."""
-        own = read_json(task.folder / FAILURE).get("error")
+        own = failure(task.folder)
         return own if own or task.folder == task.autoencoder else self.failure(self._of_autoencoder(task))
 
     def fail(self, task: Task, step: str, error: Diverged) -> None:
         """Note that a task cannot be finished."""
-        what = " ".join(str(error).split()).partition(": ")[0].replace(str(task.folder), task.folder.name)
-        record = {"step": step, "error": f"{task.stage}, {step}: {what}"}
-        write_atomically(task.folder / FAILURE, json.dumps(record, indent=2) + "\n")
+        fail(task.folder, step, task.stage, error)
 
     def reconstruction(self, folder: Path) -> Result | None:
         """Return the measurement of an autoencoder's reconstructions, where it is of these images and this network."""

@@ -54,6 +54,7 @@ class Row:
         interval: its own 95 % interval.
         simultaneous: the one that holds for all claims together, of an effect that decides one.
         better: whether more than chance, and in which direction; None is neither.
+        limits: what claims allow it to be worse by, where any do.
     """
 
     label: str
@@ -61,6 +62,7 @@ class Row:
     interval: Interval | None = None
     simultaneous: Interval | None = None
     better: bool | None = None
+    limits: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def styles(names: Sequence[str]) -> dict[str, Style]:
 def forest(title: str, groups: Mapping[str, Sequence[Row]], xlabel: str, *, ratio: bool) -> Figure:
     """Return effects with their intervals, in groups; on a logarithmic axis about 1 where they are ratios.
 
-    The thick line is the 95 % interval of the effect, the thin one that of all claims together.
+    The thick line is the 95 % interval of the effect, the thin one that of all claims together. A dotted mark is the
+    margin of a claim.
     """
     labels: list[tuple[float, str, bool]] = []  # place, text, whether it is a group's name
     texts: list[str] = []
@@ -126,6 +129,8 @@ def forest(title: str, groups: Mapping[str, Sequence[Row]], xlabel: str, *, rati
 
 def _effect(axes: Axes, row: Row, place: float) -> None:
     colour = OPEN if row.better is None else BETTER if row.better else WORSE
+    for limit in row.limits:
+        axes.plot([limit] * 2, [place - 0.45 * LINE, place + 0.45 * LINE], ":", color="0.2", linewidth=1.1)
     if row.simultaneous:
         axes.plot(row.simultaneous, [place] * 2, "-|", color=colour, linewidth=0.9, markersize=5)
     if row.interval:
@@ -139,6 +144,8 @@ def _in_words(row: Row) -> str:
         text += f" between {row.interval[0]:.3g} and {row.interval[1]:.3g}"
     if row.simultaneous:
         text += f" (simultaneously {row.simultaneous[0]:.3g} to {row.simultaneous[1]:.3g})"
+    if row.limits:
+        text += f", margin at {' and '.join(f'{limit:.3g}' for limit in row.limits)}"
     return text
 
 
@@ -146,7 +153,9 @@ def _ratio_ticks(axes: Axes, rows: Sequence[Row]) -> None:
     """Mark plain numbers, as many as have room: of a narrow range the differences of a linear axis."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-    ends = [value for row in rows for value in (row.estimate, *(row.simultaneous or ()), *(row.interval or ()))]
+    ends = [
+        value for row in rows for value in (row.estimate, *row.limits, *(row.simultaneous or ()), *(row.interval or ()))
+    ]
     low, high = min([*ends, 0.95]), max([*ends, 1.05])
     axes.set_xlim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
     if high / low > 6:

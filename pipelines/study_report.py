@@ -17,9 +17,10 @@ from .report_pictures import WIDEST, Picture, data_uri
 from .report_reconstructions import reconstruction_strips, worst_strips
 from .report_runs import Variant as RunVariant
 from .report_samples import sample_sheets
+from .study_claims import limit_of
 from .study_config import StudyConfig
 from .study_design import Variant
-from .study_findings import Analysis
+from .study_findings import Analysis, Effect
 from .study_markdown import markdown
 from .study_pictures import (
     SHOWN,
@@ -185,13 +186,26 @@ def _forests(analysis: Analysis) -> list[Figure]:
             if effect.metric == metric and effect.estimate is not None and not is_empty(effect):
                 label = label_lines(effect_label(effect).removeprefix(f"{effect.factor} "))
                 better = is_better(effect, effect.simultaneous or effect.interval)
-                row = Row(label, effect.estimate, effect.interval, effect.simultaneous, better)
+                limits = _margins(effect, analysis)
+                row = Row(label, effect.estimate, effect.interval, effect.simultaneous, better, limits)
                 groups.setdefault(effect.factor, []).append(row)
         if groups:
             side = "above" if column.higher_is_better else "below"
             title, axis = f"Effects on {column.label}", f"ratio of {column.label}; {side} 1 is better"
             figures.append(forest(title, groups, axis, ratio=True))
     return figures
+
+
+def _margins(effect: Effect, analysis: Analysis) -> tuple[float, ...]:
+    """Return the effects that claims about the same pairs of variants allow at worst."""
+    key = (effect.factor, effect.metric, effect.contexts)
+    parts = [part for claim in analysis.claims for part in claim.parts if part.margin]
+    found = {
+        limit_of(effect.metric, part.margin)
+        for part in parts
+        if (part.effect.factor, part.effect.metric, part.effect.contexts) == key
+    }
+    return tuple(sorted(found))
 
 
 def _scatters(analysis: Analysis, looks: Mapping[str, Style]) -> list[Figure]:

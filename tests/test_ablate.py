@@ -190,10 +190,31 @@ def test_a_training_that_diverges_is_named_and_the_others_go_on(tmp_path, monkey
     result = run(config(), tmp_path)
     assert [cell["state"] for cell in result["cells"]] == ["measured", "measured", "measured", "failed"]
     table = result["table"]
-    assert "fast, seed 1: the training failed and is left out" in table["notes"]
+    assert "fast, seed 1: failed, and is left out" in table["notes"]
     assert table["variants"]["fast"]["metrics"]["psnr"]["std"] is None
     difference = table["variants"]["fast"]["differences"]["psnr"]
     assert (difference["seeds"], difference["verdict"]) == ([0], "one seed: no spread")
+
+
+def test_reconstructions_that_are_not_finite_are_a_failure_too_and_are_not_tried_again(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def measure(folder, *arguments, **options):
+        measured.append(folder)
+        if len(measured) == 1:
+            raise Diverged(f"a reconstruction of {folder} is not finite: train it again")
+        return evaluate.evaluate_reconstruction(folder, *arguments, **options)
+
+    monkeypatch.setattr(ablate_module, "evaluate_reconstruction", measure)
+    result = run(config(seeds=[0]), tmp_path)
+    assert [cell["state"] for cell in result["cells"]] == ["failed", "measured"]
+    assert "slow, seed 0: failed, and is left out" in result["table"]["notes"]
+    again = run(config(seeds=[0]), tmp_path)
+    assert again["cells"] == result["cells"]
+    assert len(set(measured)) == 2
+    assert measured.count(measured[0]) == 1
+    told = f"autoencoder, measuring: a reconstruction of {Path(measured[0]).name} is not finite"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,16 @@ def test_it_draws_what_the_folders_hold(whole: Path) -> None:
     page = parse(whole / "report.html")
     alts = [image["alt"] or "" for image in page.images]
     assert sum(alt.startswith("Effects on ") for alt in alts) == 4  # KID, FID, rFID and LPIPS
+    of_kid = next(alt for alt in alts if alt.startswith("Effects on KID"))
+    assert (
+        of_kid.count("margin at ")
+        == sum(
+            c.expect == "no_worse" and c.metric == "kid_mean"
+            for claim in CONFIG.claims.values()
+            for c in claim.comparisons
+        )
+        > 0
+    )
     assert any(alt.startswith("rFID against KID") and "bounded-16 at" in alt for alt in alts)
     assert any(alt.startswith("Training loss over step, a line per seed") and "kl-4 0.05" in alt for alt in alts)
     assert any(alt.startswith("Power by spatial frequency") for alt in alts)
