@@ -7,12 +7,13 @@ figures.
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
-from .health import LatentData, Section
+from .health import LatentData, Section, Verdict
 from .health_equivariance import equivariance
 from .health_locality import locality
-from .health_passes import Coder, Lpips
+from .health_passes import Coder, Lpips, NotFinite
 from .health_reconstruction import reconstruction
 from .health_robustness import robustness
 
@@ -32,9 +33,27 @@ class AutoencoderSection(Protocol):
         ...
 
 
+def _or_not_finite(name: str, measure: AutoencoderSection) -> AutoencoderSection:
+    """Return ``measure``, with one fault in the place of its findings where a pass of the autoencoder is not finite."""
+
+    @functools.wraps(measure)
+    def section(autoencoder: Coder, data: LatentData, *, batch_size: int, lpips: Lpips | None) -> Section:
+        try:
+            return measure(autoencoder, data, batch_size=batch_size, lpips=lpips)
+        except NotFinite as error:
+            verdict = Verdict(
+                "fault",
+                "not_finite_pass",
+                f"The autoencoder cannot be measured here: {error}.",
+                "fault: any NaN or infinity in what it encodes or decodes",
+                "ours: such an image is lost, and every figure would be NaN",
+            )
+            return Section(name, {}, [verdict])
+
+    return section
+
+
 AUTOENCODER_SECTIONS: dict[str, AutoencoderSection] = {
-    "equivariance": equivariance,
-    "robustness": robustness,
-    "locality": locality,
-    "reconstruction": reconstruction,
+    section.__name__: _or_not_finite(section.__name__, section)
+    for section in (equivariance, robustness, locality, reconstruction)
 }

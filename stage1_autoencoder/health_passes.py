@@ -40,6 +40,10 @@ REFUSALS = (WavelatentError, ValueError, RuntimeError)
 """What an autoencoder raises that cannot take images of another size or shape than those it was given."""
 
 
+class NotFinite(ArithmeticError):  # noqa: N818 - a finding, not a mistake; none of REFUSALS
+    """What an autoencoder made is not finite: 8 bits would show it as black, and every figure of it would be NaN."""
+
+
 @dataclass(frozen=True)
 class Passes:
     """Runs an autoencoder on tensors on the CPU, in batches, without gradients; results are float32 on the CPU.
@@ -62,18 +66,21 @@ class Passes:
         return torch.device("cpu") if parameter is None else parameter.device
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the modes of the posteriors, raw latents ``[N, C, h, w]``."""
-        return self._run(lambda batch: self.autoencoder.encode(batch).mode(), images)
+        """Return the modes of the posteriors, raw latents ``[N, C, h, w]``. Raises :class:`NotFinite`."""
+        return self._run(lambda batch: self.autoencoder.encode(batch).mode(), images, "latents")
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return images ``[N, 3, H, W]``, not clamped."""
-        return self._run(self.autoencoder.decode, latents)
+        """Return images ``[N, 3, H, W]``, not clamped. Raises :class:`NotFinite`."""
+        return self._run(self.autoencoder.decode, latents, "decoded images")
 
     @torch.no_grad()
-    def _run(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _run(self, run: Callable[[Tensor], Tensor], x: Tensor, what: str) -> Tensor:
         device = self.device
         with full_float32(device) if self.precision == "no" else autocast(device, self.precision):
-            return torch.cat([run(part.to(device)).float().cpu() for part in x.split(self.batch_size)])
+            made = torch.cat([run(part.to(device)).float().cpu() for part in x.split(self.batch_size)])
+        if broken := int((~made.isfinite().flatten(1).all(dim=1)).sum()):
+            raise NotFinite(f"{broken} of {len(made)} {what} are not finite")
+        return made
 
 
 def subset(data: LatentData, count: int) -> LatentData:

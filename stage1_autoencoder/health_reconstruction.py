@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from fractions import Fraction
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.runtime import MixedPrecision
 from .health import Figure, LatentData, Plot, Section, Verdict
 from .health_passes import (
     LPIPS_MISSING,
     REFUSALS,
     Coder,
     Lpips,
+    NotFinite,
     Passes,
     factor_of,
     graded,
@@ -50,9 +53,8 @@ def reconstruction(autoencoder: Coder, data: LatentData, *, batch_size: int, lpi
         figures[f"lpips{name}"] = mean_lpips(lpips, images, data.images, batch_size)
     psnr, sampled = mean_psnr(mode, data.images), mean_psnr(drawn, data.images)
     precisions = {"no": mean_psnr(_round_trip(passes, data.images), data.images)}
-    precisions["bf16"] = mean_psnr(_round_trip(replace(passes, precision="bf16"), data.images), data.images)
-    if passes.device.type == "cuda":
-        precisions["fp16"] = mean_psnr(_round_trip(replace(passes, precision="fp16"), data.images), data.images)
+    lower: tuple[MixedPrecision, ...] = ("bf16", "fp16") if passes.device.type == "cuda" else ("bf16",)
+    precisions |= {name: _lower_psnr(passes, data.images, name) for name in lower}
     gaps = {name: precisions["no"] - value for name, value in precisions.items() if name != "no"}
     curve = _curve(passes, data)
     figures["sampling_gap"] = psnr - sampled
@@ -73,6 +75,14 @@ def _loss(before: float, after: float) -> float:
 
 def _round_trip(passes: Passes, images: Tensor) -> Tensor:
     return passes.decode(passes.encode(images))
+
+
+def _lower_psnr(passes: Passes, images: Tensor, precision: MixedPrecision) -> float:
+    """Return the PSNR of the round trip in lower precision; minus infinity where that overflows."""
+    try:
+        return mean_psnr(_round_trip(replace(passes, precision=precision), images), images)
+    except NotFinite:
+        return -math.inf
 
 
 def _curve(passes: Passes, data: LatentData) -> list[float | None]:
@@ -110,7 +120,10 @@ def _sampling_verdict(psnr: float, sampled: float, data: LatentData, remark: str
 
 
 def _precision_verdict(precisions: dict[str, float], gaps: dict[str, float]) -> Verdict:
-    measured = " and ".join(f"{precisions[name]:.2f} dB in {name}" for name in gaps)
+    measured = " and ".join(
+        f"{precisions[name]:.2f} dB in {name}" if math.isfinite(precisions[name]) else f"what is not finite in {name}"
+        for name in gaps
+    )
     unmeasured = "" if "fp16" in gaps else " fp16 is measured on a GPU only."
     return Verdict(
         graded(_loss(precisions["no"], min(precisions[name] for name in gaps)), PRECISION_NOTE, PRECISION_FAULT),

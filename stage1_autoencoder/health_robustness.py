@@ -17,7 +17,6 @@ from .health_passes import (
     image_spread,
     mean_lpips,
     mean_psnr,
-    ratio,
     root_mean_square,
     subset,
     whitening_of,
@@ -34,6 +33,8 @@ PROBED = 8
 STEP = 0.01
 """Step of the finite differences, in standard deviations: rounding and curvature are both far below the estimate."""
 GAIN_NOTE, GAIN_FAULT = 2.0, 4.0
+ONE_COLOUR = 1 / 255
+"""Standard deviation of half a level of 8 bits: decoded images that vary less have no picture to be judged by."""
 
 
 def robustness(autoencoder: Coder, data: LatentData, *, batch_size: int, lpips: Lpips | None) -> Section:
@@ -91,7 +92,8 @@ def _noised(
         psnrs.append(mean_psnr(decoded, data.images))
         distances.append(mean_lpips(lpips, decoded, data.images, passes.batch_size))
         if sigma == SMALL:
-            gain = ratio(root_mean_square(decoded - clean), sigma * image_spread(clean))
+            spread = image_spread(clean)
+            gain = root_mean_square(decoded - clean) / (sigma * spread) if spread > ONE_COLOUR else None
     return psnrs, distances, gain
 
 

@@ -83,7 +83,7 @@ def correlation(data: LatentData) -> Section:
         _dead_verdict(dead, variance),
         _duplicate_verdict(pairs, matrix, live),
         _rank_verdict(standard_rank, len(live)),
-        _neighbour_verdict(by_lag[0]),
+        _neighbour_verdict(by_lag[0], one_site=data.mean.shape[2:].numel() == 1),
     ]
     return Section("correlation", figures, verdicts, plots)
 
@@ -173,12 +173,11 @@ def _rank_verdict(rank: float, live: int) -> Verdict:
     )
 
 
-def _neighbour_verdict(nearest: float) -> Verdict:
+def _neighbour_verdict(nearest: float, *, one_site: bool) -> Verdict:
     threshold, source = f"below {NEIGHBOUR_NOTE:g} is a note", "ours"
     if math.isnan(nearest):
-        return Verdict(
-            "ok", "spatial_correlation", "The latent has one site: there are no neighbours", threshold, source
-        )
+        why = "The latent has one site: there are no neighbours" if one_site else "All channels are constant"
+        return Verdict("ok", "spatial_correlation", why, threshold, source)
     low = nearest < NEIGHBOUR_NOTE
     return Verdict(
         "note" if low else "ok",

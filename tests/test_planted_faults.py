@@ -18,6 +18,7 @@ from wavelatent.pipelines.diagnose import Health, examine, gather
 from wavelatent.pipelines.health_sections import SECTIONS, Given
 from wavelatent.pipelines.learnability import learnability
 from wavelatent.stage1_autoencoder.bottlenecks import BoundedConfig
+from wavelatent.stage1_autoencoder.health_autoencoder import AUTOENCODER_SECTIONS
 
 SIZE, COUNT, FACTOR = 32, 96, 2
 SITES = SIZE // FACTOR
@@ -192,6 +193,37 @@ def test_the_planted_fault_is_named(name: str) -> None:
     faults = named(health(defect, section), "fault")
     assert name in faults
     assert where in faults[name]
+
+
+@pytest.mark.parametrize("section", AUTOENCODER_SECTIONS)
+@pytest.mark.parametrize(
+    "restore",
+    [lambda z: z * torch.nan, lambda z: torch.where(z.abs() > 3, torch.nan, z)],
+    ids=["always", "of some latents"],
+)
+def test_a_decoder_that_is_not_finite_is_never_in_order(restore: Callable[[Tensor], Tensor], section: str) -> None:
+    found = health(Defect(restore=restore), section)
+    assert found.not_computed == {}
+    assert list(named(found)) == list(named(found, "fault")) == ["not_finite_pass"]
+    assert "decoded images are not finite" in named(found)["not_finite_pass"]
+
+
+def test_overflow_in_lower_precision_alone_is_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = Codec.decode
+
+    def overflow(self: Codec, latents: Tensor) -> Tensor:
+        return decode(self, latents) * (torch.inf if torch.is_autocast_enabled("cpu") else 1)
+
+    monkeypatch.setattr(Codec, "decode", overflow)
+    faults = named(health(Defect(), "reconstruction"), "fault")
+    assert list(faults) == ["bf16_gap"]
+    assert "what is not finite in bf16" in faults["bf16_gap"]
+
+
+def test_constant_latents_have_neither_neighbours_nor_a_fragile_decoder() -> None:
+    found = named(health(Defect(lambda z: 0 * z), "correlation", "robustness"))
+    assert found["spatial_correlation"] == "All channels are constant"
+    assert "not defined" in found["fragile_decoder"]
 
 
 @pytest.mark.parametrize("std", [None, constant_std(0.1)], ids=["deterministic", "gaussian"])
