@@ -8,6 +8,7 @@ folder of the best measurement so far) and ``ema/`` (snapshots of the averaged w
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -213,7 +214,7 @@ class RunFolder:
             return
         line = {"step": step, "images": images, "seconds": round(seconds, 3), **_jsonable(values)}
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -244,13 +245,14 @@ class RunFolder:
         """Replace ``best/`` by ``model`` where its ``figures`` are better than those that ``best/`` was kept for.
 
         ``by`` names what decides, the most telling first; lower is better. A figure is compared with itself only, and
-        takes the place of any less telling one.
+        takes the place of any less telling one. Figures that are not finite say nothing of a model and do not count.
         """
+        figures = _finite(figures)
         ranks = [rank for rank, name in enumerate(by) if name in figures]
         if not self.is_main or not ranks:
             return
         rank, name = ranks[0], by[ranks[0]]
-        old = self._best()
+        old = _finite(self._best())
         old_rank = next((i for i, known in enumerate(by) if known in old), len(by))
         if rank < old_rank or (rank == old_rank and figures[name] < old[name]):
             save_model_folder(model, self.path / "best", {"best.json": {"step": step, name: figures[name]}})
@@ -281,6 +283,10 @@ def _is_up_to(line: str, step: int) -> bool:
         return int(json.loads(line)["step"]) <= step
     except (ValueError, KeyError):
         return False  # a line cut short by a crash
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def _jsonable(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -162,9 +162,24 @@ def test_a_less_telling_figure_never_replaces_the_best(cache: Path, tmp_path: Pa
         (5, {"quick_fid": 35.0}, {"step": 3, "quick_fid": 20.0}),
         (6, {"quick_fid": 19.0}, {"step": 6, "quick_fid": 19.0}),
         (7, {}, {"step": 6, "quick_fid": 19.0}),
+        (8, {"quick_fid": -math.inf}, {"step": 6, "quick_fid": 19.0}),
+        (9, {"quick_fid": math.nan, "validation/loss": 0.1}, {"step": 6, "quick_fid": 19.0}),
+        (10, {"quick_fid": 18.0}, {"step": 10, "quick_fid": 18.0}),
     ]:
         run.save_best(model, step, figures, by)
         assert best(tmp_path) == expected, step
+
+
+def test_a_figure_that_is_not_finite_neither_is_the_best_nor_hides_a_finite_one(cache: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, config(), {"kind": "diffusion"})
+    model, by = build_model(config(), LatentCache.open(cache)), ("quick_fid", "validation/loss")
+    run.save_best(model, 1, {"quick_fid": math.nan, "validation/loss": math.inf}, by)
+    assert not (tmp_path / "best").exists()
+    run.save_best(model, 2, {"quick_fid": math.nan, "validation/loss": 0.5}, by)
+    assert best(tmp_path) == {"step": 2, "validation/loss": 0.5}
+    (tmp_path / "best" / "best.json").write_text('{"step": 3, "quick_fid": NaN}')  # of an older version
+    run.save_best(model, 4, {"validation/loss": 0.6}, by)
+    assert best(tmp_path) == {"step": 4, "validation/loss": 0.6}
 
 
 def test_a_best_model_from_after_the_checkpoint_is_forgotten_and_found_again(cache: Path, tmp_path: Path) -> None:
