@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..common.distributed_features import from_main, in_agreement, shared_features, shared_reference
-from ..common.errors import UsageError, WavelatentError
+from ..common.errors import Diverged, UsageError, WavelatentError
 from ..common.feature_distances import FeatureStatistics, frechet_distance, kernel_distance
-from ..common.images import ImageData, open_data, to_uint8
+from ..common.images import ImageData, open_data
 from ..common.inception import InceptionFeatures
 from ..common.latent_cache import Manifest
 from ..common.reference_cache import ReferenceCache
@@ -28,11 +28,15 @@ from ..common.runtime import autocast
 from ..stage2_diffusion.generation import draw_labels, generate_latents
 from ..stage2_diffusion.model import LatentDiffusion
 from ..stage2_diffusion.sampling import DEFAULT_SAMPLING, Sampling
+from .sample_images import finite_pixels
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ..stage2_diffusion.trainer import Decode
+
+LogEvent = Callable[[int, str, str], None]
+"""Step, name and message of an event, as :meth:`~wavelatent.common.run_folder.RunFolder.log_event` takes them."""
 
 SMALLEST = 4
 """Images on a side: KID compares subsets of at least 2, half of the smaller set."""
@@ -44,7 +48,8 @@ class QuickEvaluation:
     All processes sample, decode and extract equal shares, and agree before every collective: none waits long for
     another, or at all for one that failed. Where anything cannot be had in any process (Inception's weights, the
     autoencoder, images that are neither in the reference cache nor where they were), the main process says so in one
-    line and there are no figures for the rest of the run; training goes on. It draws from no global generator.
+    line and there are no figures for the rest of the run; training goes on. Samples that are not finite cost this one
+    measurement, which is said and logged too. It draws from no global generator.
 
     Args:
         manifest: of the latent cache that the model is trained on; its images are the reference.
@@ -56,6 +61,7 @@ class QuickEvaluation:
             which are fewer, the larger part.
         batch_size: images per pass, in each process.
         sampling: how the samples are drawn.
+        log_event: takes down a measurement that was left out.
 
     Raises:
         UsageError: fewer than 4 samples or reference images, of which there is no KID.
@@ -71,6 +77,7 @@ class QuickEvaluation:
         num_reference: int | None = 5000,
         batch_size: int = 64,
         sampling: Sampling = DEFAULT_SAMPLING,
+        log_event: LogEvent | None = None,
     ) -> None:
         self.num_samples = num_samples
         self.num_reference = min(num_reference or manifest.count, manifest.count)
@@ -80,7 +87,7 @@ class QuickEvaluation:
                 f"ask for at least {SMALLEST} of each, or for none"
             )
         self.data, self.decode, self.accelerator = manifest.data, decode, accelerator
-        self.batch_size, self.sampling = batch_size, sampling
+        self.batch_size, self.sampling, self.log_event = batch_size, sampling, log_event
         self._reference: Reference | None = None
         self._given_up = False
 
@@ -95,6 +102,9 @@ class QuickEvaluation:
         try:
             with torch.no_grad(), autocast(self.accelerator.device, "no"), evaluating(model):
                 return self._measure(model)
+        except Diverged:  # as the next, in every process; later weights may do better
+            self._skip(step)
+            return None
         except WavelatentError as error:  # every process has this one
             self._given_up, self._reference = True, None
             if self.accelerator.is_main_process:
@@ -103,6 +113,13 @@ class QuickEvaluation:
         finally:
             if self.accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _skip(self, step: int) -> None:
+        message = f"no quick FID at step {step}: a sample is not finite"
+        if self.accelerator.is_main_process:
+            tqdm.write(message, file=sys.stderr)
+            if self.log_event is not None:
+                self.log_event(step, "quick_evaluation_skipped", message)
 
     def _measure(self, model: LatentDiffusion) -> dict[str, float]:
         begin = time.monotonic()
@@ -152,7 +169,7 @@ class QuickEvaluation:
         labels = draw_labels(seeds, model.num_classes) if model.num_classes else None
         with autocast(self.accelerator.device, self.accelerator.mixed_precision):
             raw = generate_latents(model, seeds, labels=labels, sampling=self.sampling)
-        return to_uint8(self.decode(raw))
+        return finite_pixels(self.decode(raw))
 
 
 def _distances(features: Tensor, reference: Reference) -> tuple[float, float]:

@@ -84,6 +84,16 @@ class SampleOptions:
         if self.guide is not None and self.sampling.guidance == 1:
             raise UsageError("--guide has no effect at guidance 1: give its weight too, such as --guidance 2")
 
+    def protocol(self) -> dict[str, Any]:
+        """Return, as JSON values, what of a protocol follows from the options alone, whatever the run."""
+        sampling = {name: _plain(value) for name, value in asdict(self.sampling).items()}
+        return {
+            **sampling,
+            "mixed_precision": self.mixed_precision,
+            "tile": self.tile,
+            "pass_rows": self.pass_rows,
+        }
+
 
 DEFAULT_OPTIONS = SampleOptions()
 
@@ -157,20 +167,16 @@ class ImageSampler:
         """Return everything that decides the image of a seed, as ``samples.json`` and ``metrics.json`` record it."""
         options = self.options
         by_seed = "uniform by seed" if self.model.num_classes else None
-        sampling = {name: _plain(value) for name, value in asdict(options.sampling).items()}
         return {
             "run": str(self.run.resolve()),
             "model_sha256": weights_sha256(self.model),
             "autoencoder_fingerprint": self._inputs["autoencoder"]["fingerprint"],
-            **sampling,
+            **options.protocol(),
             "evaluations": evaluations(options.sampling, self.model.objective),
             "ema": _train_config(self.run)["ema"]["widths"][0] if options.ema is None else options.ema,
             "guide": None if options.guide is None else str(options.guide.resolve()),
             "guide_sha256": None if self.weaker is None else weights_sha256(self.weaker),
             "label": by_seed if options.label is None else options.label,
-            "mixed_precision": options.mixed_precision,
-            "tile": options.tile,
-            "pass_rows": options.pass_rows,
         }
 
     def labels(self, seeds: Sequence[int]) -> Tensor | None:
@@ -222,12 +228,7 @@ class ImageSampler:
     def _decode(self, latents: Tensor) -> Tensor:
         missing = self._rows - len(latents)
         filled = torch.cat([latents, latents[-1:].expand(missing, -1, -1, -1)]) if missing else latents
-        images = self.decoder.decode(filled).float()
-        if not images.isfinite().all():  # 8 bits would show it as black, and measure that
-            raise Diverged(
-                "a sample is not finite: sample with --mixed-precision no, lower --guidance, or train the run again"
-            )
-        return to_uint8(images).cpu()[: len(latents)]
+        return finite_pixels(self.decoder.decode(filled).float()).cpu()[: len(latents)]
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -267,6 +268,18 @@ def batches(sampler: ImageSampler, seeds: Sequence[int], batch_size: int) -> Ite
 def whole_passes(batch_size: int, pass_rows: int) -> int:
     """Return the least multiple of ``pass_rows`` that is no less than ``batch_size``."""
     return -(-batch_size // pass_rows) * pass_rows
+
+
+def finite_pixels(images: Tensor) -> Tensor:
+    """Return decoded images ``[B, 3, H, W]`` in [-1, 1] as uint8.
+
+    Raises :class:`Diverged` where one is not finite, which 8 bits would show, and a metric measure, as black.
+    """
+    if not images.isfinite().all():
+        raise Diverged(
+            "a sample is not finite: sample with --mixed-precision no, lower --guidance, or train the run again"
+        )
+    return to_uint8(images)
 
 
 def weights_sha256(model: LatentDiffusion) -> str:

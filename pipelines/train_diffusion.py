@@ -19,7 +19,7 @@ from ..stage2_diffusion.sampling import Sampling
 from ..stage2_diffusion.trainer import Decode, DiffusionTrainer, Evaluate
 from .diffusion_config import DiffusionRunConfig
 from .diffusion_run import inputs_of, recorded_autoencoder
-from .quick_evaluation import QuickEvaluation
+from .quick_evaluation import LogEvent, QuickEvaluation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,7 +56,7 @@ def train_diffusion(config: DiffusionRunConfig, *, latents: Path, out: Path, opt
                 run=run,
                 accelerator=accelerator,
                 decode=decode,
-                evaluate=_quick_evaluation(config, cache, decode, accelerator) if quick else None,
+                evaluate=_quick_evaluation(config, cache, decode, accelerator, run.log_event) if quick else None,
             )
             trainer.train(stop)
     return True
@@ -118,7 +118,11 @@ def _decoder(cache: LatentCache, device: torch.device, *, say: bool) -> Decode |
 
 
 def _quick_evaluation(
-    config: DiffusionRunConfig, cache: LatentCache, decode: Decode | None, accelerator: Accelerator
+    config: DiffusionRunConfig,
+    cache: LatentCache,
+    decode: Decode | None,
+    accelerator: Accelerator,
+    log_event: LogEvent,
 ) -> Evaluate:
     settings = config.train.quick_evaluation
     return QuickEvaluation(
@@ -129,4 +133,5 @@ def _quick_evaluation(
         num_reference=settings.num_reference,
         batch_size=settings.batch_size,
         sampling=Sampling(steps=settings.sample_steps),
+        log_event=log_event,
     )

@@ -274,6 +274,32 @@ def test_what_one_process_lacks_stalls_no_other(how, rank, data, tmp_path, monke
     assert f"(process {rank} of 2)" in said
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_samples_that_are_not_finite_cost_one_measurement_and_are_logged(processes, data, tmp_path, capfd) -> None:
+    events = tmp_path / "events"
+
+    def make(accelerator):
+        first = accelerator.process_index == processes - 1  # in one process, at the first step alone
+
+        def decode_once_not(raw: Tensor) -> Tensor:
+            nonlocal first
+            images, first = decode(raw).masked_fill(torch.tensor(first), torch.nan), False
+            return images
+
+        def log(step: int, event: str, message: str) -> None:
+            with events.open("a") as file:
+                file.write(f"{step} {event}: {message}\n")
+
+        return QuickEvaluation(manifest_of(data), decode_once_not, accelerator, **SETTINGS, log_event=log)
+
+    for first, second in evaluate(processes, make, tmp_path, calls=2):
+        assert first is None
+        figures(second)
+    said = "no quick FID at step 1: a sample is not finite"
+    assert events.read_text() == f"1 quick_evaluation_skipped: {said}\n"
+    assert capfd.readouterr().err.count(said) == 1
+
+
 def test_images_that_have_changed_are_no_reference(data, folder, tmp_path, capfd) -> None:
     manifest = manifest_of(data)
     (folder / "0.png").unlink()
