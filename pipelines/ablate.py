@@ -37,6 +37,7 @@ from .cells import (
     work_through,
 )
 from .evaluate import evaluate_reconstruction
+from .evaluation_files import RECONSTRUCTED_PLAINLY, measured_as
 from .report_runs import read_json
 from .run_config import AutoencoderRunConfig
 from .train_autoencoder import train_autoencoder
@@ -244,15 +245,13 @@ class _Bench:
 
     def _result(self, cell: AutoencoderCell) -> Result | None:
         """Return the cell's measurement, where it is of these images and this network."""
-        result = Result.load(cell.folder / "evaluation-reconstruction" / "metrics.json")
         wanted = {
             "num_samples": self.evaluation.num_images,
             "reference_fingerprint": self.evaluation.fingerprint,
             "lpips_net": self.config.lpips_net,
+            **RECONSTRUCTED_PLAINLY,
         }
-        if result is None or any(result.protocol.get(name) != value for name, value in wanted.items()):
-            return None
-        return result
+        return measured_as(cell.folder / "evaluation-reconstruction", wanted)
 
 
 def _all_different(configs: Mapping[str, AutoencoderRunConfig]) -> None:

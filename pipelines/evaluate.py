@@ -225,6 +225,8 @@ def evaluate_generation(
         def look() -> tuple[dict[str, Any], Result | None]:
             protocol = {**reference.protocol(), **source.protocol(), **_asked(intervals, dinov2)}
             protocol["num_samples"] = len(source)
+            if protocol["size"] is None:  # statistics do not say; but two sets of samples must be of one size
+                protocol["size"] = source.size[0] if len(set(source.size)) == 1 else list(source.size)
             return protocol, None if overwrite else finished(path, protocol, _hash_of(dinov2))
 
         protocol, done = by_main(accelerator, look)

@@ -17,12 +17,15 @@ from ..common.adm_npz import is_npz
 from ..common.evaluation import Result
 from ..common.files import write_atomically
 from ..common.images import ImageData, save_grid, to_float
+from .comparison import flatten
 
 WORST = 8
 """Images that are listed and shown."""
 IMAGE_METRICS = {"psnr": True, "ssim": True, "lpips": False}
 """What is measured image by image, and whether more is better."""
 _OF_NETWORKS = ("weights_sha256", "lpips_sha256")
+RECONSTRUCTED_PLAINLY = {"autoencoder.mixed_precision": "no", "autoencoder.tile": None, "reference_order_seed": 0}
+"""Of a protocol: how ``ablate`` and ``study`` run every autoencoder when they measure it."""
 
 
 def result_path(out: Path | None, default: Path | None) -> Path | None:
@@ -54,13 +57,26 @@ def finished(
     done = Result.load(path) if path is not None else None
     if done is None or done.not_computed:
         return None
-    found = _known_before(done.protocol)
-    if any(found.get(name) != value for name, value in _known_before(protocol).items()):
+    if differing := _differing(_known_before(done.protocol), _known_before(protocol)):
+        print(f"measuring again, in the place of {path}, which has another {' and '.join(differing)}", file=sys.stderr)
         return None
     if dinov2_sha256 is not None and done.protocol["dinov2"].get("weights_sha256") != dinov2_sha256():
         return None
     print(f"already measured: {path} (--overwrite measures again)", file=sys.stderr)
     return done
+
+
+def measured_as(folder: Path, wanted: Mapping[str, Any]) -> Result | None:
+    """Return the result in ``folder`` where its protocol has all of ``wanted``, a name of which may be ``outer.inner``.
+
+    A comparison looks at each of its cells with this: someone may have measured one in another way since.
+    """
+    result = Result.load(folder / "metrics.json")
+    return None if result is None or _differing(flatten(result.protocol), wanted) else result
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in wanted.items() if found.get(name) != value]
 
 
 def _known_before(protocol: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,8 +59,11 @@ class SampleOptions:
         label: the class of every image; by default a class-conditional run draws one uniformly by the seed.
         ema: width of the average of the weights, or ``best``, the model of the run's best measurement; None is the one
             in the run's model folder.
-        guide: run of the weaker model of autoguidance; ``sampling.guidance`` is then its weight.
-        guide_ema: the same of the weaker run.
+        ema_step: training step of that average, rebuilt from the run's snapshots; None is the last.
+        guide: run of the weaker model of autoguidance, which may be the run itself; ``sampling.guidance`` is then its
+            weight.
+        guide_ema: as ``ema``, of the weaker run.
+        guide_step: as ``ema_step``, of the weaker run.
         mixed_precision: the precision that all networks run in.
         tile: decode in tiles of so many pixels (:mod:`..stage1_autoencoder.tiling`), for images that do not fit in
             memory.
@@ -70,8 +73,10 @@ class SampleOptions:
     sampling: Sampling = DEFAULT_SAMPLING
     label: int | None = None
     ema: EMAChoice | None = None
+    ema_step: int | None = None
     guide: Path | None = None
     guide_ema: EMAChoice | None = None
+    guide_step: int | None = None
     mixed_precision: MixedPrecision = "no"
     tile: int | None = None
     pass_rows: int = 16
@@ -79,8 +84,14 @@ class SampleOptions:
     def __post_init__(self) -> None:
         if self.pass_rows < 1:
             raise UsageError(f"--pass-rows {self.pass_rows}: a pass has at least 1 row")
-        if self.guide is None and self.guide_ema is not None:
-            raise UsageError("--guide-ema has no effect here: give the weaker run too, as --guide RUN")
+        for name in ("guide_ema", "guide_step"):
+            if self.guide is None and getattr(self, name) is not None:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} has no effect here: give the weaker run too, as --guide RUN")
+        for width, step in (("ema", "ema_step"), ("guide_ema", "guide_step")):
+            if getattr(self, width) == "best" and getattr(self, step) is not None:
+                width, step = width.replace("_", "-"), step.replace("_", "-")
+                raise UsageError(f"--{step} does not go with --{width} best, which is of a step of its own: leave one out")
         if self.guide is not None and self.sampling.guidance == 1:
             raise UsageError("--guide has no effect at guidance 1: give its weight too, such as --guidance 2")
 
@@ -138,8 +149,10 @@ class ImageSampler:
         self.device = device if isinstance(device, torch.device) else resolve_device(device)
         self._inputs = read_inputs(run)
         self._autoencoder = autoencoder
-        self.model = _load(run, options.ema).to(self.device)
-        self.weaker = None if options.guide is None else _load(options.guide, options.guide_ema).to(self.device)
+        self.model = _load(run, options.ema, options.ema_step).to(self.device)
+        self.weaker = None
+        if options.guide is not None:
+            self.weaker = _load(options.guide, options.guide_ema, options.guide_step).to(self.device)
         if options.label is not None and not 0 <= options.label < self.model.num_classes:
             has = f"the classes 0 to {self.model.num_classes - 1}" if self.model.num_classes else "no classes"
             raise UsageError(f"label {options.label}: this run was trained with {has}")
@@ -173,8 +186,10 @@ class ImageSampler:
             "autoencoder_fingerprint": self._inputs["autoencoder"]["fingerprint"],
             **options.protocol(),
             "evaluations": evaluations(options.sampling, self.model.objective),
-            "ema": _train_config(self.run)["ema"]["widths"][0] if options.ema is None else options.ema,
+            "ema": _first_width(self.run) if options.ema is None else options.ema,
+            "ema_step": options.ema_step,
             "guide": None if options.guide is None else str(options.guide.resolve()),
+            "guide_step": options.guide_step,
             "guide_sha256": None if self.weaker is None else weights_sha256(self.weaker),
             "label": by_seed if options.label is None else options.label,
         }
@@ -301,10 +316,17 @@ def ema_choice(text: str, option: str = "ema") -> EMAChoice:
         raise UsageError(f"--{option.replace('_', '-')} {text}: give a width, such as 0.05, or best") from error
 
 
-def _load(run: Path, ema: EMAChoice | None) -> LatentDiffusion:
+def _load(run: Path, ema: EMAChoice | None, step: int | None) -> LatentDiffusion:
     if ema == "best":
         return load_best(run)
-    return load_diffusion(run) if ema is None else load_diffusion_at_width(run, ema)
+    if ema is None and step is None:
+        return load_diffusion(run)
+    return load_diffusion_at_width(run, _first_width(run) if ema is None else ema, at_step=step)
+
+
+def _first_width(run: Path) -> float:
+    width: float = _train_config(run)["ema"]["widths"][0]
+    return width
 
 
 def _train_config(run: Path) -> dict[str, Any]:

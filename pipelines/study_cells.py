@@ -31,6 +31,7 @@ from .cells import Cell, fail, failure, make_cells, take_shard
 from .diagnose import RECORD, diagnose
 from .encode import encode
 from .evaluate import evaluate_generation, evaluate_reconstruction
+from .evaluation_files import RECONSTRUCTED_PLAINLY, measured_as
 from .health_sections import choose_sections
 from .report_runs import read_json
 from .sample_images import SampleOptions
@@ -173,28 +174,30 @@ class Workbench:
 
     def reconstruction(self, folder: Path) -> Result | None:
         """Return the measurement of an autoencoder's reconstructions, where it is of these images and this network."""
-        return _measured(
-            folder / "evaluation-reconstruction",
-            num_samples=self.num_reconstructions,
-            reference_fingerprint=self.data.validation.fingerprint(),
-            lpips_net=self.config.evaluation.lpips_net,
-        )
+        wanted = {
+            "num_samples": self.num_reconstructions,
+            "reference_fingerprint": self.data.validation.fingerprint(),
+            "lpips_net": self.config.evaluation.lpips_net,
+            **RECONSTRUCTED_PLAINLY,
+        }
+        return measured_as(folder / "evaluation-reconstruction", wanted)
 
     def generation(self, task: Task) -> Result | None:
         """Return the measurement of a run's samples, where it is of these seeds, this sampler and this reference.
 
         And of this autoencoder: one that was trained again has other weights.
         """
-        sampling = self.sample_options.sampling
-        return _measured(
-            task.folder / "evaluation-generation",
-            num_samples=self.config.evaluation.num_samples,
-            num_reference=len(self.data.train),
-            reference_fingerprint=self.data.train.fingerprint(),
-            seeds=describe_seeds(self.seeds(task.seed)),
-            autoencoder_fingerprint=self._fingerprint(task.autoencoder),
-            **{name: getattr(sampling, name) for name in ("sampler", "steps", "grid")},
-        )
+        wanted = {
+            "num_samples": self.config.evaluation.num_samples,
+            "num_reference": len(self.data.train),
+            "reference_fingerprint": self.data.train.fingerprint(),
+            "seeds": describe_seeds(self.seeds(task.seed)),
+            "autoencoder_fingerprint": self._fingerprint(task.autoencoder),
+            "ema": task.config.train.ema.widths[0],
+            "guide_sha256": None,
+            **self.sample_options.protocol(),
+        }
+        return measured_as(task.folder / "evaluation-generation", wanted)
 
     def health(self, folder: Path) -> dict[str, Any]:
         """Return an autoencoder's health report, where it is of these images and sections; else nothing."""
@@ -298,10 +301,3 @@ class Workbench:
 
 def _is_trained(folder: Path) -> bool:
     return read_json(folder / "status.json").get("state") == "done" and (folder / "model").is_dir()
-
-
-def _measured(folder: Path, **wanted: Any) -> Result | None:
-    result = Result.load(folder / "metrics.json")
-    if result is None or any(result.protocol.get(name) != value for name, value in wanted.items()):
-        return None
-    return result

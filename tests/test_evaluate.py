@@ -106,7 +106,7 @@ def test_a_set_is_at_distance_zero_of_itself(data):
     assert metrics["precision"] == metrics["recall"] == pytest.approx(1)
 
 
-def test_the_reference_is_paid_for_once_and_grows_from_what_is_there(data, samples):
+def test_the_reference_is_paid_for_once_and_grows_from_what_is_there(data, samples, monkeypatch):
     def cost(**options: object) -> int:
         TinyInception.images_seen = 0
         evaluate_generation(samples=samples, data=str(data), overwrite=True, intervals=False, **options)
@@ -118,6 +118,10 @@ def test_the_reference_is_paid_for_once_and_grows_from_what_is_there(data, sampl
     assert cost(reference_seed=1, num_reference=5) == 5, "another order is another reference"
     Image.new("RGB", (SIZE, SIZE), "red").save(data / "000003.png")
     assert cost() == COUNT, "changed data is another reference"
+    assert cost() == 0
+    for part in ("weights_sha256", "name"):
+        monkeypatch.setattr(TinyInception, part, "another")
+        assert cost() == COUNT, f"another {part} of the network is another reference"
 
 
 def test_a_stopped_reference_goes_on_where_it_was(data, monkeypatch):

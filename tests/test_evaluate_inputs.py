@@ -114,6 +114,22 @@ def test_given_statistics_are_accepted_for_fid_alone_and_flagged(data, samples, 
         evaluate_generation(samples=tmp_path / "stats.npz", data=str(data))
 
 
+def test_samples_of_two_sizes_are_not_comparable_though_the_statistics_have_none(samples, tmp_path, capsys):
+    np.savez(tmp_path / "stats.npz", **_statistics_of(pixels(0)))
+    larger = write_folder(tmp_path / "larger", pixels(1).repeat(2, axis=1).repeat(2, axis=2))
+    given = str(tmp_path / "stats.npz")
+    first, other = (evaluate_generation(samples=each, data=given).protocol for each in (samples, larger))
+    assert f"size ({2 * SIZE} against {SIZE})" in protocol_differences(first, other, "fid")
+
+
+def test_a_result_that_another_takes_the_place_of_is_named(data, samples, capsys):
+    evaluate_generation(samples=samples, data=str(data))
+    evaluate_generation(samples=samples, data=str(data), num=COUNT - 1)
+    told = capsys.readouterr().err
+    assert f"in the place of {samples / 'metrics.json'}, which has another" in told
+    assert "num_samples" in told
+
+
 def test_an_archive_with_images_and_statistics_gives_fid_by_these_and_the_rest_by_those(samples, tmp_path):
     np.savez(tmp_path / "both.npz", pixels(0), **_statistics_of(pixels(2, 40)))
     np.savez(tmp_path / "images.npz", pixels(0))

@@ -10,6 +10,7 @@ from finished_runs import (
     RECONSTRUCTION,
     result,
     write,
+    write_first,
     write_second,
     write_two,
 )
@@ -20,7 +21,7 @@ from wavelatent.pipelines.report import report
 from wavelatent.pipelines.report_figures import curve_figures, interval_figures
 from wavelatent.pipelines.report_metrics import metric_rows
 from wavelatent.pipelines.report_runs import Run, Variant, read_variants
-from wavelatent.pipelines.report_tables import COST_HEAD, cost_rows, progress_table, sampling_flops
+from wavelatent.pipelines.report_tables import COST_HEAD, cost_rows, progress_table, sampling_flops, setting_table
 
 
 @pytest.fixture
@@ -46,6 +47,22 @@ def test_only_what_another_protocol_defines_is_not_comparable(two: tuple[Path, P
     page = parse(report([first, second], tmp_path / "report"))
     assert "not comparable with one: autoencoder.mixed_precision (bf16 against no)" in page.text
     assert page.text.count("not comparable") > 4
+
+
+def test_the_settings_that_differ_are_shown_with_both_values_and_no_others(
+    two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "one", two[1]
+    rows = dict(setting_table(read_variants([first, second]), 1))
+    assert rows["model.bottleneck.kind"] == ["bounded", "kl"]
+    assert rows["model.bottleneck.bound"] == ["3", "-"]
+    assert all(len(set(values)) == 2 for values in rows.values())
+    page = parse(report([first, second], tmp_path / "report"))
+    assert "model.bottleneck.kind" in page.text
+    assert "train.steps" not in page.text
+    assert "None: the runs have the same settings." not in page.text
+    again = parse(report([second, write_first(tmp_path / "three")], tmp_path / "again"))
+    assert "None: the runs have the same settings." in again.text
 
 
 def test_a_metric_that_could_not_be_computed_says_why(two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -264,13 +264,37 @@ def test_of_a_task_whose_files_are_not_all_there_the_rest_is_done(lost, again, o
     assert steps.done == [f"{again} seed0"]
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "stage"),
+    [
+        ("autoencoder", {"mixed_precision": "bf16"}, "autoencoder"),
+        ("lpips_net", "vgg", "autoencoder"),
+        ("guidance", 2.0, "diffusion"),
+        ("ema", 0.05, "diffusion"),
+        ("pass_rows", 3, "diffusion"),
+        ("mixed_precision", "bf16", "diffusion"),
+        ("guide_sha256", "of another run", "diffusion"),
+    ],
+)
+def test_what_someone_measured_in_another_way_since_is_measured_again(field, value, stage, out, steps):
+    cell = run(out, "seeds=[0]")["cells"][0]
+    name = "reconstruction" if stage == "autoencoder" else "generation"
+    file = out / cell[stage] / f"evaluation-{name}" / "metrics.json"
+    content = json.loads(file.read_text())
+    content["protocol"][field] = value
+    file.write_text(json.dumps(content))
+    steps.done.clear()
+    assert run(out, "seeds=[0]")["complete"]
+    assert steps.done == [f"measure {stage} seed0"]
+
+
 def test_what_was_made_with_other_weights_of_the_autoencoder_is_not_taken_for_done(out, steps):
     """Trained again, in a folder of the same name, it has others: on other hardware, or another number of threads."""
 
     def record(folder: Path, fingerprint: str) -> None:
         file = folder / "evaluation-reconstruction" / "metrics.json"
         content = json.loads(file.read_text())
-        content["protocol"]["autoencoder"] = {"fingerprint": fingerprint}
+        content["protocol"]["autoencoder"]["fingerprint"] = fingerprint
         file.write_text(json.dumps(content))
 
     cell = run(out, "seeds=[0]")["cells"][0]

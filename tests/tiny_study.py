@@ -15,6 +15,7 @@ from wavelatent.common.config import load_config
 from wavelatent.common.evaluation import Result
 from wavelatent.common.images import open_data
 from wavelatent.common.metric_weights import MissingWeightsError
+from wavelatent.common.power_ema import PowerEMAConfig
 from wavelatent.pipelines import evaluate, study, study_cells
 from wavelatent.pipelines.sample_sources import describe_seeds
 from wavelatent.pipelines.study_config import StudyConfig
@@ -92,14 +93,24 @@ class Steps:
 
     def evaluate_reconstruction(self, ae: str, data: str, *, num_images: int, lpips_net: str, **_: object) -> None:
         self._do("measure autoencoder", Path(ae))
-        protocol = {"num_samples": num_images, "lpips_net": lpips_net, "reference": data}
+        protocol = {
+            "num_samples": num_images,
+            "lpips_net": lpips_net,
+            "reference": data,
+            "reference_order_seed": 0,
+            "autoencoder": {"mixed_precision": "no"},
+        }
         self._save(Path(ae) / "evaluation-reconstruction", data, {"rfid": 2.0}, protocol)
 
     def evaluate_generation(self, *, run: Path, seeds: range, data: str, options: Any, **_: object) -> None:
         self._do("measure diffusion", run)
-        sampling = {name: getattr(options.sampling, name) for name in ("sampler", "steps", "grid")}
-        count = len(open_data(data))
-        protocol = {"num_samples": len(seeds), "num_reference": count, "seeds": describe_seeds(seeds), **sampling}
+        protocol = {
+            "num_samples": len(seeds),
+            "num_reference": len(open_data(data)),
+            "seeds": describe_seeds(seeds),
+            "ema": PowerEMAConfig().widths[0],
+            **options.protocol(),
+        }
         self._save(run / "evaluation-generation", data, {"fid": 4.0, "kid_mean": 0.5}, protocol)
 
     def _save(self, folder: Path, data: str, metrics: dict[str, float], protocol: dict[str, Any]) -> None:
