@@ -29,6 +29,8 @@ IMAGES = 16
 """Images measured."""
 SCALES = (Fraction(1, 2), Fraction(1), Fraction(3, 2))
 """Sizes of the curve over resolutions, in units of the data's."""
+POOR = 20.0
+"""PSNR in dB below which a reconstruction is noted; a fault is none better than one colour per image."""
 SAMPLING_NOTE, SAMPLING_FAULT = 1.0, 3.0
 PRECISION_NOTE, PRECISION_FAULT = 0.1, 1.0
 LARGER_NOTE, LARGER_FAULT = 0.0, 3.0
@@ -57,10 +59,12 @@ def reconstruction(autoencoder: Coder, data: LatentData, *, batch_size: int, lpi
     precisions |= {name: _lower_psnr(passes, data.images, name) for name in lower}
     gaps = {name: precisions["no"] - value for name, value in precisions.items() if name != "no"}
     curve = _curve(passes, data)
-    figures["sampling_gap"] = psnr - sampled
+    one_colour = mean_psnr(data.images.mean(dim=(-2, -1), keepdim=True).expand_as(data.images), data.images)
+    figures |= {"psnr_one_colour": one_colour, "sampling_gap": psnr - sampled}
     figures |= {f"psnr_{name}": precisions[name] for name in gaps} | {f"{name}_gap": gap for name, gap in gaps.items()}
     figures |= {"scales": [float(scale) for scale in SCALES], "psnr_by_scale": curve}
     verdicts = [
+        _poor_verdict(psnr, one_colour, data),
         _sampling_verdict(psnr, sampled, data, "" if lpips else LPIPS_MISSING),
         _precision_verdict(precisions, gaps),
         _resolution_verdict(curve, data),
@@ -104,6 +108,17 @@ def _resized_psnr(passes: Passes, images: Tensor, size: list[int]) -> float | No
         return mean_psnr(_round_trip(passes, images), images)
     except REFUSALS:
         return None
+
+
+def _poor_verdict(psnr: float, one_colour: float, data: LatentData) -> Verdict:
+    return Verdict(
+        "ok" if psnr >= POOR else "note" if psnr > one_colour else "fault",
+        "poor_reconstruction",
+        f"Encoding and decoding gives {psnr:.2f} dB ({len(data.images)} images); each image's mean colour in its place "
+        f"would give {one_colour:.2f} dB",
+        f"note: below {POOR:g} dB; fault: no better than one colour per image either",
+        "ours: LiteVAE (arXiv 2405.14477) reports 28 dB on faces of 256 px; at 20 the error is a tenth of the range",
+    )
 
 
 def _sampling_verdict(psnr: float, sampled: float, data: LatentData, remark: str) -> Verdict:

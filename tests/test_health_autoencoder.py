@@ -134,7 +134,16 @@ def test_a_healthy_autoencoder_has_no_fault_in_any_section(std):
         assert section.name == name
         found |= levels(section)
     assert found == dict.fromkeys(
-        ["not_equivariant", "fragile_decoder", "global_site", "sampling_gap", "bf16_gap", "resolution_gap"], "ok"
+        [
+            "not_equivariant",
+            "fragile_decoder",
+            "global_site",
+            "poor_reconstruction",
+            "sampling_gap",
+            "bf16_gap",
+            "resolution_gap",
+        ],
+        "ok",
     )
 
 

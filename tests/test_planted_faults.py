@@ -175,6 +175,7 @@ DEFECTS: dict[str, tuple[str, Defect, str]] = {
         "",
     ),
     "global_site": ("locality", Defect(to_one_site, from_one_site), f"(row {ROW}, column {COLUMN})"),
+    "poor_reconstruction": ("reconstruction", Defect(restore=lambda z: z.roll(SITES // 2, -1).flip(-2)), ""),
     "sampling_gap": ("reconstruction", Defect(std=constant_std(0.7)), ""),
     "bf16_gap": ("reconstruction", Defect(offset=300.0), ""),
     "resolution_gap": (
