@@ -1,5 +1,6 @@
 """The variants of a study: what each design makes, what is refused, and which of them differ in one thing only."""
 
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -130,7 +131,10 @@ def test_levels_nested_and_dotted_come_to_the_same_and_a_later_factor_goes_over_
             {"factors": {"a": {"x": {}, "y": {"autoencoder": 3}}}},
             "variants.a: y: autoencoder:",
         ),
-        ({"factors": {"a": {"x": {}}}}, "design: a study compares at least two variants, and this one makes 1"),
+        (
+            {"factors": {"a": {"x": {}, "y": {}}}, "design": {"kind": "factorial", "exclude": [{"a": "y"}]}},
+            "design: a study compares at least two variants, and this one makes 1",
+        ),
         (
             {"design": {"kind": "factorial", "exclude": [{"channels": 4}, {"channels": 16}]}},
             "design: a study compares at least two variants, and this one makes 0",
@@ -264,21 +268,31 @@ def test_no_comparison_of_a_claim_takes_unwhitened_latents_in_unless_it_is_about
             assert c.factor == "whitening" or not any("unwhitened" in name for pair in found for name in pair)
 
 
+SHARED = load_config(StudyConfig, "study-claims")
+
+
+def planned(factors: list[str], kind: str) -> list[Variant]:
+    sections = {
+        "factors": {factor: SHARED.factors[factor] for factor in factors},
+        "design": {"kind": kind},
+        "claims": {},
+    }
+    return make_variants(StudyConfig.model_validate({**SHARED.model_dump(mode="json"), **sections}))
+
+
 def test_every_level_of_the_shared_factors_makes_a_recipe():
-    """Also those that no preset uses yet; the bounded ones with and without targets."""
-    config = load_config(StudyConfig, "study-claims")
-    variants: dict[str, Any] = {"reference": {}}
-    for factor, levels in config.factors.items():
-        for level in list(levels)[1:]:
-            base = {"bottleneck": "bounded"} if factor == "targets" else {}
-            variants[f"{factor} {level}"] = {**base, factor: level}
-    assert {
-        "bottleneck clamp-1",
-        "targets none",
-        "channels 32",
-        "perturbations all",
-        "noise_shift 1",
-    } <= variants.keys()
-    plain = {**config.model_dump(mode="json"), "design": named(**variants), "claims": {}}
-    made = make_variants(StudyConfig.model_validate(plain))
-    assert len(made) == len(variants)
+    """Also those that no preset uses yet."""
+    made = {variant.name: variant for variant in planned(list(SHARED.factors), "one_at_a_time")}
+    assert len(made) == 1 + sum(len(levels) - 1 for levels in SHARED.factors.values())
+    assert {"bottleneck: clamp-1", "channels: 32", "perturbations: all", "noise_shift: 1"} <= made.keys()
+    free = made["bottleneck: bounded-free"].recipe.autoencoder.model.bottleneck
+    bounded = made["bottleneck: bounded"].recipe.autoencoder.model.bottleneck
+    assert (free.mean_weight, free.variance_weight) == (0, 0)
+    moments = {"mean_weight", "variance_weight"}
+    assert free.model_dump(exclude=moments) == bounded.model_dump(exclude=moments)
+
+
+@pytest.mark.parametrize("factors", list(itertools.combinations(SHARED.factors, 2)))
+def test_any_two_of_the_shared_factors_can_be_crossed(factors):
+    """All of their levels go together: a study of one's own may take any two without leaving a combination out."""
+    assert len(planned(list(factors), "factorial")) == math.prod(len(SHARED.factors[factor]) for factor in factors)
