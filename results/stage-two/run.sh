@@ -13,9 +13,9 @@ stage=$1 caches=$2 out=$3
 here=$(cd "$(dirname "$0")" && pwd)
 wavelatent=${WAVELATENT:-wavelatent}
 seeds=${SEEDS:-0 1}
-variants=${VARIANTS:-edm flow flow-uniform eps v edm-unshifted edm-32 edm-32-unshifted}
+variants=${VARIANTS:-edm flow flow-uniform eps v edm-unshifted flow-unshifted edm-32 edm-32-unshifted}
 
-# The noise shifts are what `auto` was when this was measured: the root of the latent's values over 32x32x4.
+# The noise shifts are what `auto` was when this was begun: the root of the latent's values over 32x32x4.
 settings() { # the cache of a variant, and what it changes
     case $1 in
     edm) echo kl4 objective.noise_shift=0.5 ;;
@@ -24,6 +24,7 @@ settings() { # the cache of a variant, and what it changes
     eps) echo kl4 objective.kind=eps objective.noise_shift=0.5 ;;
     v) echo kl4 objective.kind=v objective.schedule=cosine objective.noise_shift=0.5 ;;
     edm-unshifted) echo kl4 objective.noise_shift=1 ;;
+    flow-unshifted) echo kl4 objective.kind=flow objective.noise_shift=1 ;;
     edm-32) echo kl32 objective.noise_shift=1.4142135623730951 ;;
     edm-32-unshifted) echo kl32 objective.noise_shift=1 ;;
     *) echo "no variant $1" >&2 && exit 2 ;;

@@ -27,11 +27,14 @@ LABELS = {
     "eps": "noise prediction, LDM's schedule",
     "v": "v prediction, cosine schedule",
     "edm-unshifted": "EDM, 4 channels, no shift",
+    "flow-unshifted": "rectified flow, logit-normal times, no shift",
     "edm-32": "EDM, 32 channels",
     "edm-32-unshifted": "EDM, 32 channels, no shift",
 }
-COMPARED = ("edm", "flow", "flow-uniform", "eps", "v", "edm-unshifted")
+COMPARED = ("edm", "flow", "flow-uniform", "eps", "v", "edm-unshifted", "flow-unshifted")
 """On the same latents; the first is what the others are compared with."""
+TOP = 90
+"""Where the figure's axis ends."""
 LEFT_OUT = {"run", "guide", "library versions", "reference"}
 
 
@@ -40,7 +43,8 @@ def main(out: Path) -> None:
     runs = {path.parent.name: read(path) for path in sorted(out.glob("*/evaluation.json"))}
     samplers = [read(path) for path in sorted(out.glob("edm-seed0/sampler-*.json"))]
     validation = {name: last_validation(out / name) for name in runs}
-    result = {"runs": runs, "validation": validation, "samplers": samplers}
+    waits = {name: data_wait(out / name) for name in runs}
+    result = {"runs": runs, "validation": validation, "data wait, share of a step": waits, "samplers": samplers}
     (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     tables = [objectives_table(runs, validation), effects_table(runs), samplers_table(samplers)]
     (HERE / "tables.md").write_text("\n\n".join(tables) + "\n")
@@ -59,6 +63,13 @@ def last_validation(run: Path) -> dict[str, float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in reversed(lines) if "validation/loss" in line)
     return {name: last[name] for name in last if name.startswith("validation/") or name in ("step", "seconds")}
+
+
+def data_wait(run: Path) -> dict[str, float]:
+    """Return the share of a training step that waiting for data took: the mean, and the largest of 50 steps."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["data_wait_share"] for line in lines if "data_wait_share" in line]
+    return {"mean": mean(shares), "largest": max(shares)}
 
 
 def objectives_table(runs: dict[str, dict[str, Any]], validation: dict[str, dict[str, float]]) -> str:
@@ -126,7 +137,7 @@ def samplers_table(samplers: list[dict[str, Any]]) -> str:
 
 
 def draw(samplers: list[dict[str, Any]]) -> None:
-    """Draw FID against evaluations of the network."""
+    """Draw FID against evaluations of the network; what is above the axis is written beside its line."""
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for measured in samplers:
         curves[measured["protocol"]["sampler"]].append(
@@ -134,12 +145,15 @@ def draw(samplers: list[dict[str, Any]]) -> None:
         )
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for sampler, points in sorted(curves.items()):
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=sampler)
-    axes.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="FID, N = 5,000")
-    for axis, ticks in ((axes.xaxis, [8, 16, 32]), (axes.yaxis, [60, 80, 120, 180, 280])):
-        axis.set_major_locator(FixedLocator(ticks))
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_locator(NullLocator())
+        (line,) = axes.plot(*zip(*sorted(points), strict=True), marker="o", label=sampler)
+        for evaluations, fid in points:
+            if fid > TOP:
+                place = (14, TOP - 1)
+                axes.annotate(f"{fid:.0f} with {evaluations}", place, color=line.get_color(), va="top", ha="right")
+    axes.set(xscale="log", xlabel="evaluations of the network", ylabel="FID, N = 5,000", ylim=(55, TOP))
+    axes.xaxis.set_major_locator(FixedLocator([8, 16, 32]))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(HERE / "samplers.png", dpi=120)
