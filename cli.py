@@ -106,10 +106,15 @@ SAMPLER = _options(
         help="Noise levels within which guidance acts; all by default.",
     ),
     click.option("--guide", type=FOLDER, default=None, help="Autoguidance by this weaker run."),
-    click.option("--guide-ema", default=None, metavar="WIDTH|best", help="The same of the weaker run."),
+    click.option("--guide-ema", default=None, metavar="WIDTH|best", help="As --ema, of the weaker run."),
+    click.option("--guide-step", type=click.IntRange(min=1), default=None, help="As --ema-step, of the weaker run."),
     click.option(
         "--ema", default=None, metavar="WIDTH|best",
         help="EMA width, or the best when measured in training; the last of the first width by default.",
+    ),
+    click.option(
+        "--ema-step", type=click.IntRange(min=1), default=None,
+        help="Training step of that average, from the snapshots in the run's ema/; the last by default.",
     ),
     click.option("--label", type=click.IntRange(min=0), default=None, help="The class of every image."),
     click.option(

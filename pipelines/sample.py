@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ..common.distributed_features import by_main
 from ..common.errors import Stopped, UsageError
 from ..common.runtime import RuntimeOptions, StopRequest, accelerated
 from ..stage1_autoencoder.autoencoder import Autoencoder
@@ -102,8 +103,7 @@ def sample(
             writer.open(overwrite)
         missing = _agreed(writer.missing(seeds), accelerator)
         _write_missing(sampler, writer, seeds, missing, batch_size, accelerator, stop)
-        made = _make_extras(sampler, writer, seeds, extras) if accelerator.is_main_process else {}
-        accelerator.wait_for_everyone()
+        made = by_main(accelerator, lambda: _make_extras(sampler, writer, seeds, extras))  # it may take minutes
     seconds = round(time.monotonic() - begin, 3)
     counts = {"samples": str(out), "count": len(seeds), "written": len(missing), "seconds": seconds}
     return {**counts, **made, **writer.record}

@@ -84,14 +84,13 @@ class SampleOptions:
     def __post_init__(self) -> None:
         if self.pass_rows < 1:
             raise UsageError(f"--pass-rows {self.pass_rows}: a pass has at least 1 row")
-        for name in ("guide_ema", "guide_step"):
-            if self.guide is None and getattr(self, name) is not None:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} has no effect here: give the weaker run too, as --guide RUN")
-        for width, step in (("ema", "ema_step"), ("guide_ema", "guide_step")):
-            if getattr(self, width) == "best" and getattr(self, step) is not None:
-                width, step = width.replace("_", "-"), step.replace("_", "-")
-                raise UsageError(f"--{step} does not go with --{width} best, which is of a step of its own: leave one out")
+        for option, value in (("--guide-ema", self.guide_ema), ("--guide-step", self.guide_step)):
+            if self.guide is None and value is not None:
+                raise UsageError(f"{option} has no effect here: give the weaker run too, as --guide RUN")
+        for option, ema, step in (("ema", self.ema, self.ema_step), ("guide", self.guide_ema, self.guide_step)):
+            if ema == "best" and step is not None:
+                width = "--ema" if option == "ema" else "--guide-ema"
+                raise UsageError(f"--{option}-step has no effect on {width} best, which has its own: leave one out")
         if self.guide is not None and self.sampling.guidance == 1:
             raise UsageError("--guide has no effect at guidance 1: give its weight too, such as --guidance 2")
 

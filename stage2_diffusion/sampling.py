@@ -88,10 +88,11 @@ class Sampling:
             "churn_max": self.churn_max != math.inf and self.churn == 0,
             "churn_noise": self.churn_noise != 1 and self.churn == 0,
             "grid_shift": self.grid_shift != Sampling.grid_shift and self.grid != "shifted",
+            "guidance_interval": self.guidance_interval is not None and self.guidance == 1,
         }
         needs = {"eta": f"sampler {' or '.join(WITH_ETA)}", "churn": "sampler heun"}
         needs |= dict.fromkeys(("churn_min", "churn_max", "churn_noise"), "a churn above 0")
-        needs |= {"rho": "grid karras", "grid_shift": "grid shifted"}
+        needs |= {"rho": "grid karras", "grid_shift": "grid shifted", "guidance_interval": "a guidance other than 1"}
         for name, is_unused in unused.items():
             if is_unused:
                 raise UsageError(

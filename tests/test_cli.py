@@ -169,13 +169,15 @@ def test_the_options_of_sampling_reach_it(run, monkeypatch, tmp_path):
 
     monkeypatch.setattr("wavelatent.pipelines.sample.sample", sample)
     options = ["--sampler", "heun", "--churn", 20, "--churn-max", 5, "--guidance", 2, "--guidance-interval", 0.2, 3]
-    more = ["--guide", tmp_path, "--guide-ema", 0.2, "--ema", 0.05, "--label", 1, "--pass-rows", 8, "--tile", 32]
+    more = ["--guide", tmp_path, "--guide-ema", 0.2, "--guide-step", 3, "--ema", 0.05, "--ema-step", 4, "--label", 1]
+    more += ["--pass-rows", 8, "--tile", 32]
     code, _, err = run("sample", "--run", "r", "--out", "o", "--num", 2, *options, *more, "--mixed-precision", "bf16")
     assert (code, err) == (0, "")
     got = asked["options"]
     assert (got.sampling.churn, got.sampling.churn_max, got.sampling.churn_min) == (20, 5, 0)
     assert (got.sampling.guidance, got.sampling.guidance_interval) == (2, (0.2, 3))
     assert (got.guide, got.guide_ema, got.ema, got.label) == (tmp_path, 0.2, 0.05, 1)
+    assert (got.guide_step, got.ema_step) == (3, 4)
     assert (got.pass_rows, got.tile, got.mixed_precision) == (8, 32, "bf16")
     assert asked["seeds"] == [0, 1]
 

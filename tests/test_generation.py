@@ -108,7 +108,7 @@ def test_settings_reach_the_sampler():
 
 
 def test_a_guidance_of_one_is_bit_identical_to_none():
-    model, weaker, sampling = make(), make(seed=1), Sampling(steps=3, guidance_interval=(0.1, 1.0))
+    model, weaker, sampling = make(), make(seed=1), Sampling(steps=3, guidance=1.0)
     plain = generate_latents(model, SEEDS, labels=LABELS, sampling=Sampling(steps=3))
     assert torch.equal(generate_latents(model, SEEDS, labels=LABELS, sampling=sampling), plain)
     assert torch.equal(generate_latents(model, SEEDS, labels=LABELS, sampling=sampling, weaker=weaker), plain)

@@ -21,11 +21,13 @@ from tiny_diffusion_run import H, W, random_model, write_autoencoder, write_run
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
 from wavelatent.common.power_ema import SNAPSHOT_FOLDER, PowerEMA, PowerEMAConfig, save_snapshot
 from wavelatent.common.run_folder import save_model_folder
+from wavelatent.pipelines.comparison import protocol_differences
 from wavelatent.pipelines.sample import Extras, sample
 from wavelatent.pipelines.sample_folder import SampleWriter
 from wavelatent.pipelines.sample_images import ImageSampler, SampleOptions, ema_choice, sample_images, weights_sha256
 from wavelatent.pipelines.sample_sources import RunSamples, SampleFolder
 from wavelatent.stage2_diffusion.generation import draw_labels, generate_latents
+from wavelatent.stage2_diffusion.model import LatentDiffusion
 from wavelatent.stage2_diffusion.samplers import SAMPLERS
 from wavelatent.stage2_diffusion.sampling import Sampling
 
@@ -87,6 +89,9 @@ def test_the_files_are_equal_to_the_bit_for_any_batch_size_order_and_number_of_p
     assert records[0] == records[1]
     with np.load(tmp_path / "two.npz") as archive:
         assert np.array_equal(archive["arr_0"][-1], read(tmp_path / "all" / "1234567.png"))
+    (tmp_path / "two" / "000002.png").write_bytes(b"cut off")
+    assert forked_commands.run(command, said, processes=2) == [1, 1]  # what the main one alone makes fails in both
+    assert "000002.png cannot be read" in (said / "1.err").read_text()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -203,6 +208,49 @@ def test_another_ema_width_is_other_weights(autoencoder: Path, tmp_path: Path) -
     assert not torch.equal(wide.draw([0]), images(run, [0]))
 
 
+def snapshots_at(run: Path, steps: list[int]) -> dict[int, LatentDiffusion]:
+    """Write the averages of every step, at the run's own first width, of random weights; return them."""
+    kept = {step: random_model(step) for step in steps}
+    for step, model in kept.items():
+        config = PowerEMAConfig(widths=(0.1,), snapshot_dtype="float32")
+        save_snapshot(run / SNAPSHOT_FOLDER, step, PowerEMA(model, config))
+    return kept
+
+
+def test_an_earlier_step_of_a_run_is_sampled_and_guides_and_both_are_recorded(
+    autoencoder: Path, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run", autoencoder)
+    kept = snapshots_at(run, [3, 7])
+    early = ImageSampler(run, SampleOptions(SHORT, ema_step=3, pass_rows=4), device="cpu")
+    record = early.protocol()
+    assert record["model_sha256"] == weights_sha256(kept[3])
+    assert (record["ema"], record["ema_step"], record["guide_step"]) == (0.1, 3, None)
+    options = SampleOptions(Sampling("euler", 2, guidance=2.0), guide=run, guide_step=3, pass_rows=4)
+    sample(run, tmp_path / "out", [0], options, device="cpu")
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert record["guide_sha256"] == weights_sha256(kept[3]) != record["model_sha256"]
+    assert (record["ema_step"], record["guide_step"]) == (None, 3)
+    assert protocol_differences(record, {**record, "ema_step": 7, "model_sha256": "other"}, "fid") == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"), [([], "no EMA snapshots; train with a snapshot_every"), ([3, 7], "give a step from 1 to 7")]
+)
+def test_a_step_that_is_not_to_be_had_is_one_line(
+    autoencoder: Path, tmp_path: Path, steps: list[int], message: str
+) -> None:
+    run = write_run(tmp_path / "run", autoencoder)
+    snapshots_at(run, steps)
+    for options in (
+        SampleOptions(SHORT, ema_step=8),
+        SampleOptions(Sampling("euler", 2, guidance=2.0), guide=run, guide_step=8),
+    ):
+        with pytest.raises(WavelatentError, match=message) as caught:
+            ImageSampler(run, options, device="cpu")
+        assert "\n" not in str(caught.value)
+
+
 def test_the_best_model_can_be_sampled(autoencoder: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", autoencoder)
     with pytest.raises(WavelatentError, match="has no best model yet"):
@@ -272,7 +320,9 @@ def test_contact_sheet_and_interpolation_lie_beside_the_samples(run: Path, tmp_p
     [
         ({"label": 2}, "classes 0 to 1"),
         ({"pass_rows": 0}, "at least 1 row"),
-        ({"guide_ema": 0.1}, "--guide RUN"),
+        ({"guide_ema": 0.1}, "--guide-ema .* --guide RUN"),
+        ({"guide_step": 3}, "--guide-step .* --guide RUN"),
+        ({"ema": "best", "ema_step": 3}, "--ema-step has no effect on --ema best"),
         ({"guide": Path("somewhere")}, "no effect at guidance 1"),
         ({"tile": 30}, "--tile 30"),
     ],

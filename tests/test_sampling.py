@@ -26,6 +26,7 @@ from wavelatent.stage2_diffusion.sampling import Sampling
         ({"guidance": -1.0}, "at least 0"),
         ({"guidance": math.nan}, "guidance"),
         ({"guidance": 2.0, "guidance_interval": (2.0, 1.0)}, "interval"),
+        ({"guidance_interval": (0.2, 5.0)}, r"guidance_interval \(0.2, 5.0\) .* take a guidance other than 1"),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_the_fix(settings, message):
