@@ -13,6 +13,7 @@ from wavelatent.common.errors import UsageError, WavelatentError
 from wavelatent.common.files import sha256_file
 from wavelatent.common.latent_cache import AutoencoderRecord, DataRecord, LatentCache
 from wavelatent.common.latent_cache_writer import CachePlan, CacheWriter, default_shard_size
+from wavelatent.common.latent_loader import TrainingLatents
 from wavelatent.common.latents import Posterior
 from wavelatent.common.randomness import generator
 
@@ -401,6 +402,14 @@ def test_a_cache_larger_than_memory(tmp_path: Path) -> None:
         if read == 10:
             before = resident_anonymous_mib()
         assert cache.read(random.integers(1, len(cache) - 1, size=64)).posterior.mean.abs().max() == 0
+    assert resident_anonymous_mib() - before < 32
+    latents = TrainingLatents(cache, 64, seed=0)
+    assert latents.draw(np.array([0, len(cache) - 1]), 0)[0][:, -1, -1, -1].tolist() == [0, 1.5]
+    for step in range(80):
+        if step == 10:  # the epoch's order is made: it is kept in memory, 8 bytes per image
+            before = resident_anonymous_mib()
+        raw, _ = latents.batch(step)
+        assert raw[:, 0].abs().max() == 0
     assert resident_anonymous_mib() - before < 32
 
 
