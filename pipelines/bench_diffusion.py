@@ -6,13 +6,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..common.errors import UsageError
+from ..common.latent_loader import TrainingLatents
 from ..common.runtime import environment, resolve_device
 from ..stage2_diffusion.unet import UNetConfig
 from .bench import MIXED, Precision, conditions, digits, load_average, time_passes, write_result
@@ -33,6 +36,7 @@ from .bench_diffusion_models import (
 from .bench_memory import cpu_rise, cuda_rise, in_own_process, read_job
 from .costs import count_flops, count_parameters
 from .diffusion_config import DiffusionRunConfig
+from .study_timing import convolution_pass, noise_cache
 
 TASKS: tuple[Task, ...] = get_args(Task)
 DEFAULT_SIZE = 32
@@ -48,7 +52,11 @@ METHOD = (
     "round's, a ratio is the quotient of two rows' speeds, and its range is over the rounds. Memory is what building "
     "and two passes add at their peak, on a CPU in a process of its own. Weights are random; bf16 is autocast. FLOPs: "
     "a multiply-add is 2, and a training step is 3 forward passes. mfu is FLOPs over the time and over the FLOPs per "
-    "second of a large square matrix product in the same precision in the same run."
+    "second, in the same precision in the same run, of a large square matrix product; on a CPU, whose convolutions may "
+    "be the faster ones, of that or of a 3x3 convolution's forward and backward pass (64 channels, 8 maps of 32x32), "
+    "whichever is more. Other convolutions may be faster still: on a CPU mfu is no bound. loader_share is the time in "
+    "which one thread of the training loader makes a batch, from a small cache on disk with standard deviations, over "
+    "the time of a training step: prefetching hides it while it is below the number of threads."
 )
 
 SMALL = DiffusionRunConfig(
@@ -87,11 +95,12 @@ def bench_diffusion(
 
     Returns:
         ``rows``, one per task (``train``, ``sample``), precision, model and network: ``per_second`` (training steps or
-        images), ``seconds`` per pass of every round, ``parameters`` of the network, ``flops`` of a pass, ``mfu`` and
-        ``peak_memory_bytes`` (None without ``memory``).
+        images), ``seconds`` per pass of every round, ``parameters`` of the network, ``flops`` of a pass, ``mfu``,
+        ``loader_share`` (None but for ``train``) and ``peak_memory_bytes`` (None without ``memory``).
         Against the peer, each as ``{"train_fp32": {model: ...}, ...}`` with ``..._compiled`` groups beside them on a
         GPU: ``ratios`` (speed, higher is faster), ``ratio_ranges`` (lowest and highest round), ``memory_ratios`` (lower
-        is smaller). And ``protocol``, with the rate of the matrix product.
+        is smaller). And ``protocol``, with the rates of the matrix product and, on a CPU, the convolution, and which
+        of the two ``mfu`` is against, by precision.
 
     Raises:
         UsageError: diffusers is missing, or a model, precision or size is not one that can be measured.
@@ -104,21 +113,23 @@ def bench_diffusion(
     names = list(dict.fromkeys(models or SIZES))
     sizes = {model: size or SIZES.get(model, DEFAULT_SIZE) for model in names}
     costs = {model: _costs(model, side) for model, side in sizes.items()}
-    rates = {precision: matmul_rate(where, precision, repeats) for precision in precisions}
+    rates = {precision: reference_rates(where, precision, repeats) for precision in precisions}
     rows: list[dict[str, Any]] = []
     for model, side in sizes.items():
         batch = batch_size or max(1, (CPU_PIXELS if where.type == "cpu" else GPU_PIXELS) // side**2)
+        loader = loader_seconds(side, batch, repeats)
         for task in TASKS:
             for precision in precisions:
                 job = Job(model, side, batch, num_steps, task, precision, str(where))
-                rows += _rows(job, costs[model], rates[precision], repeats, memory)
+                rows += _rows(job, costs[model], max(rates[precision].values()), loader, repeats, memory)
     protocol = {
         "peer": PEER,
         "method": METHOD,
         "sampler": "heun",
         "num_steps": num_steps,
         "network_calls_per_sample": network_calls(num_steps),
-        "matmul_flops_per_second": rates,
+        "flops_per_second": rates,
+        "mfu_against": {precision: max(found, key=found.__getitem__) for precision, found in rates.items()},
     }
     result = {"rows": rows, **compare(rows), "protocol": protocol | conditions(about, where, repeats, load)}
     if out is not None:
@@ -180,7 +191,7 @@ def child() -> None:
 
 
 def _rows(
-    job: Job, costs: Mapping[str, Mapping[str, int]], rate: float, repeats: int, memory: bool
+    job: Job, costs: Mapping[str, Mapping[str, int]], rate: float, loader: float, repeats: int, memory: bool
 ) -> Iterator[dict[str, Any]]:
     peaks = {network: job.memory(network) if memory else None for network in job.networks}
     passes: Passes = {network: job.build(network) for network in job.networks}
@@ -200,6 +211,7 @@ def _rows(
             "parameters": costs[network]["parameters"],
             "flops": flops,
             "mfu": flops / min(seconds) / rate,
+            "loader_share": loader / min(seconds) if job.task == "train" else None,
             "peak_memory_bytes": peaks[network],
         }
 
@@ -218,13 +230,29 @@ def _costs(model: str, size: int) -> dict[str, dict[str, int]]:
     return costs | {COMPILED: costs[OURS]}
 
 
-def matmul_rate(device: torch.device, precision: Precision, repeats: int) -> float:
-    """Return the FLOPs per second of a large square matrix product, the fastest of the rounds."""
+def reference_rates(device: torch.device, precision: Precision, repeats: int) -> dict[str, float]:
+    """Return the FLOPs per second that the device reaches in operations by name, each the fastest of the rounds.
+
+    A large square ``matrix product``, and on a CPU a plain ``convolution``, which may be faster there.
+    """
     side = 1024 if device.type == "cpu" else 8192
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    seconds = time_passes({"matmul": lambda: a @ b}, device, repeats, f"matrix product, {precision}")["matmul"]
-    return 2 * side**3 / min(seconds)
+    passes: dict[str, Callable[[], object]] = {"matrix product": lambda: a @ b}
+    flops = {"matrix product": 2 * side**3}
+    if device.type == "cpu":
+        passes["convolution"], flops["convolution"] = convolution_pass(device, MIXED[precision])
+    seconds = time_passes(passes, device, repeats, f"reference, {precision}")
+    return {name: flops[name] / min(taken) for name, taken in seconds.items()}
+
+
+def loader_seconds(size: int, batch_size: int, repeats: int) -> float:
+    """Return the seconds in which the training loader makes a batch, in the fastest round."""
+    with TemporaryDirectory(prefix="wavelatent-bench-") as folder:
+        cache = noise_cache(Path(folder) / "latents", (CHANNELS, size, size), posterior_std=True)
+        latents, steps = TrainingLatents(cache, batch_size, seed=0), count()
+        passes = {"loader": lambda: latents.batch(next(steps))}
+        return min(time_passes(passes, torch.device("cpu"), repeats, f"loader, {size}x{size}")["loader"])
 
 
 def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -252,9 +280,9 @@ def _group(row: Mapping[str, Any]) -> str:
 def describe(result: Mapping[str, Any]) -> str:
     """Return the result of :func:`bench_diffusion` as a Markdown table; ratios are against diffusers' UNet2DModel."""
     lines = [
-        "| | model | network | steps/s or images/s | ratio | rounds | MFU | memory (MB) | memory ratio "
-        "| parameters (M) | GFLOPs |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| | model | network | steps/s or images/s | ratio | rounds | MFU | loader's share of a step | memory (MB) "
+        "| memory ratio | parameters (M) | GFLOPs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         of_row = {
@@ -267,6 +295,7 @@ def describe(result: Mapping[str, Any]) -> str:
             digits(of_row["ratios"], 2),
             "" if spread is None else f"{spread[0]:.2f} to {spread[1]:.2f}",
             digits(row["mfu"], 2),
+            digits(row["loader_share"], 4),
             digits(None if peak is None else peak / 1e6, 0),
             digits(of_row["memory_ratios"], 2),
             digits(row["parameters"] / 1e6, 2),

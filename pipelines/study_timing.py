@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,7 @@ def time_diffusion(
 ) -> float:
     """Return the seconds of a training step on latents of ``latent_shape``. Errors are those of training."""
     with _trial(options, config.train.gradient_accumulation) as (folder, accelerator), StepTimer() as timer:
-        cache = _noise_cache(folder / "latents", latent_shape, num_classes)
+        cache = noise_cache(folder / "latents", latent_shape, num_classes)
         config = resolved(config, cache)
         run = RunFolder(folder / "run", config, {"kind": "diffusion"})
         trainer = DiffusionTrainer(
@@ -85,13 +85,10 @@ def time_diffusion(
 def convolution_rate(device: str, mixed_precision: MixedPrecision) -> float:
     """Return the floating-point operations per second of a plain convolution's forward and backward pass."""
     place = resolve_device(device)
-    batch, channels, side = (64, 256, 32) if place.type == "cuda" else (8, 64, 32)
-    layer = torch.nn.Conv2d(channels, channels, 3, padding=1).to(place)
-    x = torch.randn(batch, channels, side, side, device=place, requires_grad=True)
+    take, flops = convolution_pass(place, mixed_precision)
 
     def once() -> None:
-        with autocast(place, mixed_precision):
-            layer(x).sum().backward()
+        take()
         if place.type == "cuda":
             torch.cuda.synchronize()
 
@@ -100,7 +97,20 @@ def convolution_rate(device: str, mixed_precision: MixedPrecision) -> float:
     while (elapsed := time.perf_counter() - begin) < RATE_SECONDS or not rounds:
         once()
         rounds += 1
-    return 3 * 2 * batch * side**2 * channels**2 * 9 * rounds / elapsed
+    return flops * rounds / elapsed
+
+
+def convolution_pass(device: torch.device, mixed_precision: MixedPrecision) -> tuple[Callable[[], None], int]:
+    """Return the forward and backward pass of a 3x3 convolution on ``device``, and its floating-point operations."""
+    batch, channels, side = (64, 256, 32) if device.type == "cuda" else (8, 64, 32)
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1).to(device)
+    x = torch.randn(batch, channels, side, side, device=device, requires_grad=True)
+
+    def once() -> None:
+        with autocast(device, mixed_precision):
+            layer(x).sum().backward()
+
+    return once, 3 * 2 * batch * side**2 * channels**2 * 9
 
 
 @contextlib.contextmanager
@@ -110,7 +120,10 @@ def _trial(options: RuntimeOptions, accumulation: int) -> Iterator[tuple[Path, A
         yield Path(folder), accelerator
 
 
-def _noise_cache(path: Path, shape: tuple[int, int, int], num_classes: int) -> LatentCache:
+def noise_cache(
+    path: Path, shape: tuple[int, int, int], num_classes: int = 0, *, posterior_std: bool = False
+) -> LatentCache:
+    """Write :data:`NOISE_IMAGES` latents of noise, with standard deviations where asked, and return their cache."""
     plan = CachePlan(
         autoencoder=AutoencoderRecord(fingerprint="noise", path="noise"),
         data=DataRecord(fingerprint="noise", spec="noise", transform={}, num_classes=num_classes),
@@ -120,7 +133,8 @@ def _noise_cache(path: Path, shape: tuple[int, int, int], num_classes: int) -> L
     )
     writer = CacheWriter(path, plan)
     index = torch.tensor(writer.remaining(0))
-    posterior = Posterior(torch.randn(NOISE_IMAGES, *shape))
+    mean = torch.randn(NOISE_IMAGES, *shape)
+    posterior = Posterior(mean, torch.ones_like(mean) if posterior_std else None)
     writer.add(0, index, posterior, None, index % num_classes if num_classes else None)
     writer.finish()
     return LatentCache.open(path)

@@ -105,11 +105,19 @@ def test_a_run_has_every_row_and_ratios_that_follow_from_them(tmp_path, monkeypa
         assert ours["parameters"] == peer["parameters"] == parameters
         assert ours["flops"] == peer["flops"] == 2 * flops * (3 if task == "train" else 1)
         assert ours["per_second"] == per_pass / min(ours["seconds"])
-        rate = result["protocol"]["matmul_flops_per_second"][ours["precision"]]
+        rates, against = (result["protocol"][name][ours["precision"]] for name in ("flops_per_second", "mfu_against"))
+        assert set(rates) == {"matrix product", "convolution"}
+        rate = max(rates.values())
+        assert rates[against] == rate
         assert ours["mfu"] == pytest.approx(ours["flops"] / min(ours["seconds"]) / rate)
         group = f"{task}_{ours['precision']}"
         assert result["ratios"][group] == {"unet-tiny": ours["per_second"] / peer["per_second"]}
     assert {"method", "versions", "threads", "hardware", "clock", "load_average"} <= set(result["protocol"])
+    training = [r for r in result["rows"] if r["task"] == "train"]
+    loader = {r["loader_share"] * min(r["seconds"]) for r in training}  # the seconds of one batch
+    assert min(loader) > 0
+    assert max(loader) == pytest.approx(min(loader))
+    assert {r["loader_share"] for r in result["rows"] if r["task"] == "sample"} == {None}
     assert len(describe(result).splitlines()) == 2 + len(result["rows"])
 
 
