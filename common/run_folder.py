@@ -105,8 +105,11 @@ class RunFolder:
         """The checkpoint to go on from, or None to start at the beginning."""
         return None if self.overwrite else latest_checkpoint(self.path)
 
-    def begin(self) -> None:
+    def begin(self, **session: Any) -> None:
         """Create the folder, record what runs, and cut from the log what came after the checkpoint.
+
+        ``session`` is what else ``environment.json`` is to say of this session: settings that the configuration does
+        not hold and that another session may have otherwise, such as the precision.
 
         Raises :class:`UsageError` where another process is training this run.
         """
@@ -122,7 +125,7 @@ class RunFolder:
             self._remove_contents()
         write_json(self.path / "inputs.json", self.identity)
         write_atomically(self.path / "config.yaml", dump_yaml(self.config))
-        self._record_environment()
+        self._record_environment(session)
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         for log in ("metrics.jsonl", "events.jsonl"):
             self._cut_log(self.path / log, step)
@@ -175,9 +178,9 @@ class RunFolder:
                 "give another --out, or --overwrite to start again"
             )
 
-    def _record_environment(self) -> None:
+    def _record_environment(self, session: Mapping[str, Any]) -> None:
         file = self.path / "environment.json"
-        now = environment()
+        now = {**environment(), **session}
         if file.exists():
             first = json.loads(file.read_text(encoding="utf-8"))
             now = {**first, "resumed": [*first.get("resumed", []), now]}

@@ -243,6 +243,10 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_not(cache: Path, tmp_path
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     steps = [line["step"] for line in metrics(parts)]
     assert steps == sorted(set(steps))
+    mixed = RuntimeOptions(device="cpu", mixed_precision="bf16")
+    train_diffusion(config(train={"steps": 7}), latents=cache, out=parts, options=mixed)
+    record = json.loads((parts / "environment.json").read_text())
+    assert [session["mixed_precision"] for session in (record, *record["resumed"])] == ["no", "no", "bf16"]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
