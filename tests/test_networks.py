@@ -176,7 +176,16 @@ def test_a_traced_network_gives_the_same_output_and_gradient(kind):
 
     Those take minutes to build on a CPU.
     """
-    network = build(kind, multipliers=(1,), attention_levels=())
+    network = build(kind)
     plain = output_and_gradient(network, *inputs())
     network.compile(backend="aot_eager", fullgraph=True)
     assert max(relative_errors(output_and_gradient(network, *inputs()), plain)) < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@EVERY_KIND
+def test_a_compiled_network_gives_the_same_output_and_gradient(kind):
+    network, arguments = build(kind).cuda(), [argument.cuda() for argument in inputs()]
+    plain = output_and_gradient(network, *arguments)
+    network.compile(fullgraph=True)
+    assert max(relative_errors(output_and_gradient(network, *arguments), plain)) < 1e-2  # TF32 in either
