@@ -112,7 +112,8 @@ class Predictor:
         metric: ``kid_mean`` or ``fid``.
         rho: Spearman's rank correlation of the variants' means over seeds.
         p: two-sided p-value of a permutation test.
-        adjusted: the same after Holm's correction for all of the table's correlations.
+        adjusted: the same after Holm's correction for all of the table's correlations with KID; None of those with FID,
+            which say nearly the same once more.
         variants: how many variants it is taken over.
     """
 
@@ -120,7 +121,7 @@ class Predictor:
     metric: str
     rho: float
     p: float
-    adjusted: float
+    adjusted: float | None
     variants: int
 
 

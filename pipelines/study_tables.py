@@ -252,7 +252,7 @@ def predictor_table(predictors: Sequence[Predictor]) -> Table:
             METRICS[one.metric].label,
             signed(one.rho, 2),
             p_text(one.p),
-            p_text(one.adjusted),
+            NONE if one.adjusted is None else p_text(one.adjusted),
             str(one.variants),
         ]
         for one in predictors
