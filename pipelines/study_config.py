@@ -157,7 +157,8 @@ class RuleConfig(Config):
     """When a claim is supported or refuted. Fixed before the run: it is part of what the results record."""
 
     level: float = Field(0.05, gt=0, lt=0.5)
-    """Probability, over all claims together, of calling one supported or refuted where there is no effect at all."""
+    """Probability, over all claims together, of calling one supported or refuted where there is no effect at all; with
+    ``pooled``, where variants also scatter alike."""
     spread: Literal["pooled", "paired"] = "pooled"
     """Where the error of an effect comes from: the residuals of all cells about variant plus seed, which assumes one
     variance for all variants; or the effect's own differences by seed alone, which assumes nothing and needs many."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+import numpy as np
 import pytest
 from pydantic import BaseModel
 from tiny_cache import write_cache
@@ -25,9 +26,10 @@ from wavelatent.pipelines.ablate_config import AblationConfig
 from wavelatent.pipelines.diffusion_config import DiffusionRunConfig
 from wavelatent.pipelines.run_config import AutoencoderRunConfig
 from wavelatent.pipelines.sample_images import SampleOptions
+from wavelatent.pipelines.study_analysis import UNEVEN
 from wavelatent.pipelines.study_config import ComparisonConfig, NamedConfig, StudyConfig
-from wavelatent.pipelines.study_design import make_variants
-from wavelatent.pipelines.study_statistics import detectable_effect
+from wavelatent.pipelines.study_design import make_variants, pairs
+from wavelatent.pipelines.study_statistics import AdditiveModel, detectable_effect, paired, uneven_spread
 from wavelatent.pipelines.train_diffusion import train_diffusion
 from wavelatent.stage1_autoencoder.adversarial import AdversarialConfig
 from wavelatent.stage1_autoencoder.autoencoder import (
@@ -494,6 +496,52 @@ def test_the_power_of_the_study_is_what_its_arithmetic_gives(contexts_and_seeds)
         largest = {3: 2.8, 5: 3.9}[seeds]
         assert f"{largest} %" in STUDY["Power"]
         assert largest == pytest.approx(100 * math.log(1.1) / effect, abs=0.05)
+
+
+def null_studies(uneven: str = "", times: float = 1, spread: str = "pooled") -> float:
+    """The share of simulated studies of the presets' design in which nothing differs and any claim is called."""
+    config = load_config(StudyConfig, "study-claims")
+    variants = make_variants(config)
+    names = [variant.name for variant in variants]
+    own = list({v.recipe.autoencoder.model_dump_json(): names.index(v.name) for v in reversed(variants)}.values())
+    rng = np.random.default_rng(0)
+    scatter = np.where(np.array(names) == uneven, times, 1.0)[:, None] * 0.05
+    cells = {metric: scatter * rng.normal(size=(10_000, len(names), 3)) for metric in ("kid_mean", "rfid")}
+    cells["rfid"] = cells["rfid"][:, own]  # of reconstructions, those with one autoencoder count as one
+    models = {metric: AdditiveModel(values) for metric, values in cells.items()}
+    level = config.rule.level / sum(len(claim.comparisons) for claim in config.claims.values())
+    called = np.zeros(10_000, dtype=bool)
+    for claim in config.claims.values():
+        supported = np.ones(10_000, dtype=bool)
+        for c in claim.comparisons:
+            weights = np.zeros(len(names))
+            contexts = pairs(variants, c.factor, c.level, c.against, c.at, c.against_at)
+            for one, other in contexts:
+                weights[[names.index(one), names.index(other)]] += np.array([1, -1]) / len(contexts)
+            weights = weights[own] if c.metric == "rfid" else weights
+            effect = models[c.metric].contrast(weights) if spread == "pooled" else paired(cells[c.metric], weights)
+            low, high = (bound - math.log1p(c.margin) for bound in effect.interval(level))
+            supported &= low > 0 if c.expect == "worse" else high < 0
+            called |= high < 0 if c.expect == "worse" else low > 0  # refuted
+        called |= supported
+    return 100 * float(np.mean(called))
+
+
+def test_the_error_rates_of_the_study_are_those_of_simulated_ones():
+    (told,) = re.findall(r"^- \*\*Seeds\.\*\*.*?(?=^- )", STUDY["Threats to validity"], flags=re.MULTILINE | re.DOTALL)
+    alike, twice, thrice, reference_twice, reference_thrice, largest = map(float, re.findall(r"([\d.]+)\s%", told))
+    assert null_studies() == pytest.approx(alike, abs=0.5)  # three standard errors and more, as below
+    assert null_studies("bounded-4", 2) == pytest.approx(twice, abs=1)
+    assert null_studies("bounded-4", 3) == pytest.approx(thrice, abs=1.2)
+    assert null_studies("kl-4", 2) == pytest.approx(reference_twice, abs=0.6)
+    assert null_studies("kl-4", 3) == pytest.approx(reference_thrice, abs=0.8)
+    for uneven in ("", "bounded-4", "kl-4"):
+        assert null_studies(uneven, 3, "paired") < largest
+    rng = np.random.default_rng(0)
+    for times, share in ((3, 2 / 5), (2, 1 / 6)):
+        residuals = rng.normal(size=(500, 11, 3)) * np.where(np.arange(11) == 1, times, 1)[:, None]
+        noted = [uneven_spread(study)[1][1] * 11 < UNEVEN for study in residuals]
+        assert np.mean(noted) == pytest.approx(share, abs=0.07)
 
 
 def test_the_table_of_the_studies_is_what_their_presets_hold():
