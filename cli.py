@@ -90,8 +90,8 @@ TRUST = _options(
     ),
 )  # fmt: skip
 SAMPLER = _options(
-    click.option("--sampler", default=None, help="heun (default), euler, euler_ancestral, ddim, dpmpp_2m, ..."),
-    click.option("--steps", type=click.IntRange(min=1), default=None, help="Noise levels (default 32)."),
+    click.option("--sampler", default=None, help="dpmpp_2m (default), dpmpp_2m_sde, heun, euler, ..."),
+    click.option("--steps", type=click.IntRange(min=1), default=None, help="Noise levels (default 20)."),
     click.option("--grid", default=None, help="Their spacing: karras (default), exponential, uniform, shifted."),
     click.option("--rho", type=float, default=None, help="Exponent of the karras grid (7)."),
     click.option("--grid-shift", type=float, default=None, help="Factor on the levels of the shifted grid."),
@@ -385,17 +385,20 @@ def reconstruction(as_json: bool, **arguments: Any) -> None:
 @click.option("--samples", type=click.Path(path_type=Path), default=None, help="A folder of samples, or an .npz.")
 @click.option("--run", type=FOLDER, default=None, help="A run of train-diffusion, sampled in memory.")
 @click.option("--num", type=click.IntRange(min=1), default=None, help="How many samples.")
-@DATA
+@click.option(
+    "--data", required=True, help="As elsewhere, or an .npz of ADM's evaluation: images, or their mu and sigma."
+)
 @SIZE
 @BAD
 @SAMPLER
 @click.option("--ae", "autoencoder", default=None, help="The recorded autoencoder, where it has moved.")
 @click.option("--num-reference", type=click.IntRange(min=1), default=None, help="Reference images; all by default.")
+@click.option("--reference-seed", type=int, default=None, help="Draws the order of the reference images (0).")
 @TRUST
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for metrics.json.")
 @OVERWRITE
 @BATCH
-@SEED
+@click.option("--seed", type=int, default=None, help="The first seed that a run is sampled with (0).")
 @DEVICE
 @JSON
 def generation(as_json: bool, **arguments: Any) -> None:

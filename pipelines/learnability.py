@@ -41,7 +41,7 @@ HELD_OUT, MOST_HELD_OUT = 10, 512
 """One in so many latents is held out, and no more than the other."""
 MIN_LATENTS = 20
 SEED = 0
-SAMPLING = Sampling(steps=18)
+SAMPLING = Sampling(sampler="heun", steps=18)
 QUICK_SAMPLES = 256
 """Images of the quick FID and KID, and of their reference."""
 DRAWS = 4

@@ -118,5 +118,5 @@ def _trained(name: str, run: Run) -> SampleSet:
     train = run.config["train"]
     count = min(train["num_samples"], SAMPLES)
     cells = untile(grid, math.isqrt(train["num_samples"] - 1) + 1, count)
-    source = f"Heun, {train['sample_steps']} steps, by the averaged weights at training step {step:,}"
+    source = f"{train['sample_steps']} steps, by the averaged weights at training step {step:,}"
     return SampleSet(name, source, dict(enumerate(cells)))

@@ -34,8 +34,8 @@ class Sampling:
         guidance_interval: noise levels (low, high] within which guidance acts; None is all.
     """
 
-    sampler: str = "heun"
-    steps: int = 32
+    sampler: str = "dpmpp_2m"
+    steps: int = 20
     grid: Grid = "karras"
     rho: float = 7.0
     grid_shift: float = 1.0
@@ -107,4 +107,4 @@ class Sampling:
 
 
 DEFAULT_SAMPLING = Sampling()
-"""32 steps of Heun on EDM's grid, without guidance."""
+"""20 steps of DPM-Solver++ 2M on EDM's grid, without guidance."""

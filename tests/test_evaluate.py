@@ -244,7 +244,7 @@ def test_a_run_is_sampled_in_memory(data, samples, monkeypatch, tmp_path):
     drawn = evaluate_generation(run=run, num=2, seed=7, data=str(data), out=tmp_path, autoencoder="moved")
     assert autoencoders == [None, None, "moved"]
     assert asked[-1] == (run, [7, 8])
-    assert drawn.protocol["sampler"] == "heun"
+    assert drawn.protocol["sampler"] == "dpmpp_2m"
     with pytest.raises(UsageError, match="--run needs --num"):
         evaluate_generation(run=run, data=str(data))
 

@@ -163,7 +163,7 @@ def test_samples_are_of_the_seeds_that_all_have(two: tuple[Path, Path], tmp_path
     sheets, same = sample_sheets(read_variants([two[0], third]))
     assert same
     for sheet in sheets:
-        assert sheet.source == "seeds 0-2; Heun, 3 steps, by the averaged weights at training step 20"
+        assert sheet.source == "seeds 0-2; 3 steps, by the averaged weights at training step 20"
         assert colours(pixels({"src": sheet.uri}), 3) == [colour(seed) for seed in range(3)]
 
 

@@ -35,7 +35,7 @@ def test_what_does_not_go_together_is_refused_with_the_fix(settings, message):
 
 
 def test_every_sampler_gets_its_own_options():
-    assert Sampling(churn=3.0, churn_max=9.0).sampler_options() == {
+    assert Sampling("heun", churn=3.0, churn_max=9.0).sampler_options() == {
         "churn": 3.0,
         "churn_min": 0.0,
         "churn_max": 9.0,
