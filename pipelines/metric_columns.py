@@ -33,17 +33,28 @@ class Column:
         return f"{self.label} {'↑' if self.higher_is_better else '↓'}"
 
 
-METRICS = {
+OF_VARIANTS = {
     "kid_mean": Column("KID", 5, False, 2, "ratio"),
     "fid": Column("FID", 2, False, 2, "ratio"),
     "precision": Column("precision", 3, True, 2, "difference"),
     "recall": Column("recall", 3, True, 2, "difference"),
     "rfid": Column("rFID", 2, False, 1, "ratio"),
+    "rfid_extrapolated": Column("rFID∞", 2, False, 1, "ratio"),
     "psnr": Column("PSNR (dB)", 2, True, 1, "difference"),
     "ssim": Column("SSIM", 4, True, 1, "difference"),
     "lpips": Column("LPIPS", 4, False, 1, "ratio"),
 }
-"""By their name in ``metrics.json``."""
+"""The columns of a study's table of variants, by their name in ``metrics.json``."""
+
+BESIDE = ("rfid_extrapolated",)
+"""Of these, what is shown where it was computed and decides nothing.
+
+A line through rFID at several numbers of images leaves rFID∞ at infinitely many (as FID∞ of Chong and Forsyth 2020).
+The bias at few images depends on how far reconstructions keep to their originals, so it differs between autoencoders.
+"""
+
+METRICS = {name: column for name, column in OF_VARIANTS.items() if name not in BESIDE}
+"""All others: what every table has."""
 
 ON_REQUEST = {
     "density": Column("density", 3, True, 2, "difference"),

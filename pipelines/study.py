@@ -82,9 +82,10 @@ def study(
 
     Returns:
         ``{"study", "cells": [{"variant", "seed", "state", "autoencoder", "diffusion"}], "complete": bool}``, where
-        ``state`` is ``new``, ``started``, ``trained``, ``finished`` or ``failed``. After a dry run also ``estimate``,
-        and of each cell ``shares_with``, the variants with the same autoencoder; where there are results also their
-        paths ``results``, ``summary`` and ``report``, and ``claims``, the verdict by name.
+        ``state`` is ``new``, ``started``, ``trained``, ``finished`` or ``failed``. After a dry run also ``estimate``
+        and ``power``, what the study can find, and of each cell ``shares_with``, the variants with the same
+        autoencoder; where there are results also their paths ``results``, ``summary`` and ``report``, and ``claims``,
+        the verdict by name.
 
     Raises:
         UsageError: the configuration is at fault, there is no data, or the data cannot serve.
@@ -312,6 +313,7 @@ def write_results(plan: Plan, *, again: bool, photographs: bool = True) -> dict[
 
 
 def _dry_run(plan: Plan, shard: tuple[int, int]) -> dict[str, Any]:
+    from .study_analysis import power_in_words
     from .study_estimate import estimate
 
     mine = cells_of_shard(plan.cells, shard)
@@ -319,6 +321,7 @@ def _dry_run(plan: Plan, shard: tuple[int, int]) -> dict[str, Any]:
     return {
         **_summary(plan, listed),
         "estimate": estimate(tasks_of(mine), plan.bench, plan.networks).as_dict(),
+        "power": power_in_words(plan.config, plan.variants),
     }
 
 
@@ -347,5 +350,5 @@ def describe(result: Mapping[str, Any]) -> str:
     if "estimate" in result:
         from .study_estimate import describe as describe_estimate
 
-        lines.append(describe_estimate(result["estimate"]))
+        lines += [describe_estimate(result["estimate"]), result["power"]]
     return "\n".join(lines)

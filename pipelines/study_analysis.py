@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,7 +12,7 @@ from .ablate_statistics import Spread
 from .study_claims import make_claims, rule_in_words
 from .study_config import StudyConfig
 from .study_design import Variant
-from .study_effects import MetricTable, claimed_effects, make_effects, make_interactions, make_tables
+from .study_effects import MetricTable, claimed_effects, make_effects, make_interactions, make_tables, tables_beside
 from .study_findings import Analysis, Summary
 from .study_predictors import health_predictors, reconstructions_as_predictors
 from .study_records import CellRecord
@@ -21,12 +22,14 @@ SCATTERS = (0.03, 0.05, 0.1)
 """Scatters of KID between seeds, as shares of it, that :func:`power_in_words` speaks of."""
 UNEVEN = 0.05
 """Probability of noting a variant of uneven spread where all are alike."""
+NAMED_SWAPS = 6
+"""Pairs of variants that are named where rFID and rFID∞ order them differently; of others there is the number."""
 
 
 def analyse(config: StudyConfig, variants: Sequence[Variant], records: Sequence[CellRecord]) -> Analysis:
     """Return what the records say, of all cells or of those that are there yet."""
     names = [variant.name for variant in variants]
-    tables = make_tables(config, variants, records)
+    tables, beside = make_tables(config, variants, records), tables_beside(config, variants, records)
     effects = make_effects(config, variants, tables)
     predictors, about_health = health_predictors(names, tables, records)
     reconstructions, about_reconstructions = reconstructions_as_predictors(names, tables, records)
@@ -34,9 +37,10 @@ def analyse(config: StudyConfig, variants: Sequence[Variant], records: Sequence[
         *_notes_on_cells(config, names, records),
         *_notes_on_tables(tables.values()),
         *(note for table in tables.values() if config.rule.spread == "pooled" for note in _notes_on_spread(table)),
+        *_notes_on_order({**tables, **beside}),
     ]
     return Analysis(
-        variants={name: _summaries(v, tables) for v, name in enumerate(names)},
+        variants={name: _summaries(v, {**tables, **beside}) for v, name in enumerate(names)},
         effects=tuple(effects.values()),
         interactions=tuple(make_interactions(config, variants, tables)),
         predictors=tuple(predictors),
@@ -115,4 +119,28 @@ def _notes_on_spread(table: MetricTable) -> list[str]:
         f"(p = {p:.2g}): intervals with it are too narrow under the rule's pooled spread, those of others too wide"
         for name, (ratio, p) in zip(table.names, uneven_spread(table.scaled), strict=True)
         if p * len(table.names) < UNEVEN
+    ]
+
+
+def _notes_on_order(tables: Mapping[str, MetricTable]) -> list[str]:
+    """Name the variants that stand in another order by rFID extrapolated to infinitely many images than by rFID."""
+    if not {"rfid", "rfid_extrapolated"} <= tables.keys():
+        return []
+    table, beside = tables["rfid"], tables["rfid_extrapolated"]
+    both = np.isfinite(table.values) & np.isfinite(beside.values)
+    found, extrapolated = (
+        {v: each.values[v, both[v]].mean() for v in np.flatnonzero(both.any(axis=1))} for each in (table, beside)
+    )
+    own = [v for v in found if table.rows[v] == v]
+    swapped = [
+        f"{table.names[v]} and {table.names[w]}"
+        for v, w in itertools.combinations(own, 2)
+        if (found[v] - found[w]) * (extrapolated[v] - extrapolated[w]) < 0
+    ]
+    if not swapped:
+        return []
+    more = f" and {len(swapped) - NAMED_SWAPS} more pairs" if len(swapped) > NAMED_SWAPS else ""
+    return [
+        "rFID of finitely many images is too high, and not alike for all autoencoders: extrapolated to infinitely many "
+        f"(rFID∞), these stand the other way round: {'; '.join(swapped[:NAMED_SWAPS])}{more}"
     ]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
-from .metric_columns import METRICS
+from .metric_columns import BESIDE, METRICS, OF_VARIANTS
 from .study_config import ComparisonConfig, StudyConfig
 from .study_design import Variant, pairs
 from .study_findings import Bounds, Effect, Interaction
@@ -71,7 +71,7 @@ class MetricTable:
     def __init__(
         self, metric: str, variants: Sequence[Variant], seeds: Sequence[int], records: Sequence[CellRecord]
     ) -> None:
-        self.metric, self.column = metric, METRICS[metric]
+        self.metric, self.column = metric, OF_VARIANTS[metric]
         self.names, self.seeds = [variant.name for variant in variants], list(seeds)
         places = {(name, seed): (v, s) for v, name in enumerate(self.names) for s, seed in enumerate(self.seeds)}
         self.values = np.full((len(self.names), len(self.seeds)), np.nan)
@@ -228,6 +228,14 @@ def make_tables(
     return {metric: table for metric, table in tables.items() if metric in needed or np.isfinite(table.values).any()}
 
 
+def tables_beside(
+    config: StudyConfig, variants: Sequence[Variant], records: Sequence[CellRecord]
+) -> dict[str, MetricTable]:
+    """Return the tables of what is only shown beside the metrics, where any cell has it."""
+    tables = {metric: MetricTable(metric, variants, config.seeds, records) for metric in BESIDE}
+    return {metric: table for metric, table in tables.items() if np.isfinite(table.values).any()}
+
+
 def make_effects(
     config: StudyConfig, variants: Sequence[Variant], tables: Mapping[str, MetricTable]
 ) -> dict[tuple[Comparison, str], Effect]:
@@ -242,6 +250,8 @@ def make_effects(
         weights = _weights(contexts, (1, -1))
         for metric, table in tables.items():
             fields, bounds = table.contrast(weights, config.rule.spread, level)
+            is_claimed = (comparison, metric) in claimed
+            own = table.contrast(weights, "paired", level)[1] if config.rule.spread == "pooled" and is_claimed else None
             effects[comparison, metric] = Effect(
                 **fields,
                 factor=comparison.factor,
@@ -250,7 +260,8 @@ def make_effects(
                 at=dict(comparison.at),
                 against_at=dict(comparison.against_at),
                 contexts=tuple(contexts),
-                simultaneous=bounds if (comparison, metric) in claimed else None,
+                simultaneous=bounds if is_claimed else None,
+                paired=own,
             )
     return effects
 

@@ -73,6 +73,9 @@ class Effect(Contrast):
         contexts: pairs of variants, at ``level`` and at ``against``, alike in all else, that it is the mean over.
         simultaneous: the interval that holds together with those of all other comparisons of claims, at the
             probability that the rule states; None where no claim asks for this effect.
+        paired: what ``simultaneous`` would be by Student's t on the effect's own differences by seed, which does not
+            take variants to scatter alike: a check of the pooled spread, which decides nothing. None where
+            ``simultaneous`` is, and under a rule that is paired itself.
     """
 
     factor: str
@@ -82,6 +85,7 @@ class Effect(Contrast):
     against_at: Levels
     contexts: tuple[tuple[str, str], ...]
     simultaneous: Bounds | None
+    paired: Bounds | None
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,8 @@ class Analysis:
     """Everything that a study's cells say.
 
     Attributes:
-        variants: per variant, per metric that it has, the values by seed.
+        variants: per variant, per metric that it has, and what stands beside some (:data:`~.metric_columns.BESIDE`),
+            the values by seed.
         effects: every level against its factor's base level, and every comparison of a claim, for every metric.
         interactions: for every two factors of which all four variants are there.
         predictors: health figures of the autoencoder against KID and FID of the samples, surest first; empty where

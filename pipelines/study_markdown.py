@@ -6,15 +6,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .ablate_tables import grid
-from .metric_columns import METRICS
+from .metric_columns import BESIDE, OF_VARIANTS
+from .study_analysis import power_in_words
+from .study_checks import check_table, checks_in_words
 from .study_config import StudyConfig
 from .study_design import Variant
-from .study_findings import Analysis
+from .study_findings import Analysis, Summary
 from .study_records import CellRecord
-from .study_tables import EffectCell, Table, claim_rows, effect_rows, level_table, shown_metrics, summary_text
-from .study_text import AT_THIS_SCALE, command_line, cost_lines, missing_lines, protocol_lines, verdict_line
+from .study_tables import (
+    EffectCell,
+    Table,
+    claim_rows,
+    effect_rows,
+    lacking_text,
+    shown_metrics,
+    summary_text,
+)
+from .study_text import (
+    AT_THIS_SCALE,
+    BIAS_IN_WORDS,
+    changed_line,
+    command_line,
+    cost_lines,
+    missing_lines,
+    protocol_lines,
+    verdict_line,
+)
+from .study_variant_tables import level_table
 
-VALUES = ("kid_mean", "fid", "rfid", "psnr", "lpips")
+VALUES = ("kid_mean", "fid", "rfid", "rfid_extrapolated", "psnr", "lpips")
 EFFECTS = ("kid_mean", "fid", "rfid")
 """Metrics of the summary's tables; the page has them all."""
 
@@ -27,15 +47,18 @@ def markdown(
     setting: Mapping[str, Any],
 ) -> str:
     """Return the summary."""
-    there = shown_metrics(analysis)
+    there = shown_metrics(analysis, columns=OF_VARIANTS)
+    checks = check_table(config, analysis, records)
     parts = [
         f"# {config.title}",
         config.question,
         verdict_line(config, variants, analysis, records),
+        changed_line(setting),
         verdict_table(config, analysis, records),
+        *([checks_in_words(config), _plain_grid(checks)] if checks.rows else []),
         "## Variants",
-        "Mean ± standard deviation over seeds.",
-        value_table(variants, analysis, [name for name in VALUES if name in there]),
+        "Mean ± standard deviation over seeds." + f" {BIAS_IN_WORDS}" * any(name in there for name in BESIDE),
+        value_table(config, variants, analysis, [name for name in VALUES if name in there]),
         "What each variant changes:",
         _plain_grid(level_table(config, variants)),
         "## Effects",
@@ -45,7 +68,8 @@ def markdown(
         "## Protocol",
         _listed(protocol_lines(config, variants, setting)),
         analysis.rule,
-        _listed([*cost_lines(records), *missing_lines(config, variants, analysis, records)]),
+        power_in_words(config, variants),
+        _listed([*cost_lines(records), *missing_lines(config, variants, analysis, records, setting)]),
         "## Run it again",
         f"```bash\n{command_line(config, setting)}\n```",
     ]
@@ -64,18 +88,26 @@ def verdict_table(config: StudyConfig, analysis: Analysis, records: Sequence[Cel
     return grid(rows)
 
 
-def value_table(variants: Sequence[Variant], analysis: Analysis, metrics: Sequence[str]) -> str:
-    """Return a row per variant with mean and deviation of every metric."""
-    rows = [["variant", *(METRICS[name].heading for name in metrics)]]
+def value_table(config: StudyConfig, variants: Sequence[Variant], analysis: Analysis, metrics: Sequence[str]) -> str:
+    """Return a row per variant with mean and deviation of every metric, and over how many seeds where not all."""
+    rows = [["variant", *(OF_VARIANTS[name].heading for name in metrics)]]
     for variant in variants:
         found = analysis.variants.get(variant.name, {})
-        rows.append([variant.name, *(summary_text(name, found.get(name)) for name in metrics)])
+        lacking = {lacking_text(config, found[name]) for name in metrics if name in found}
+        alike = next(iter(lacking)) if len(lacking) == 1 else ""
+        cells = [_value(config, name, found.get(name), alike) for name in metrics]
+        rows.append([variant.name + (f" ({alike})" if alike else ""), *cells])
     return grid(rows)
+
+
+def _value(config: StudyConfig, metric: str, summary: Summary | None, known: str) -> str:
+    lacking = lacking_text(config, summary).removeprefix(known)
+    return summary_text(metric, summary) + (f" ({lacking})" if lacking else "")
 
 
 def effect_table(analysis: Analysis, metrics: Sequence[str]) -> str:
     """Return a row per level that is held against another."""
-    rows = [["factor", "levels", *(METRICS[name].label for name in metrics)]]
+    rows = [["factor", "levels", *(OF_VARIANTS[name].label for name in metrics)]]
     for factor, effects in effect_rows(analysis.effects, metrics).items():
         rows += [[factor, label, *map(_effect, cells)] for label, cells in effects]
     return grid(rows)

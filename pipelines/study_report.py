@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import write_atomically
-from .metric_columns import METRICS, Column
+from .metric_columns import BESIDE, METRICS, OF_VARIANTS, Column
 from .pages import render
 from .report_figures import Figure
 from .report_latents import distinct_latents, latents_of
@@ -17,6 +17,8 @@ from .report_pictures import WIDEST, Picture, data_uri
 from .report_reconstructions import reconstruction_strips, worst_strips
 from .report_runs import Variant as RunVariant
 from .report_samples import sample_sheets
+from .study_analysis import power_in_words
+from .study_checks import check_table, checks_in_words
 from .study_claims import limit_of
 from .study_config import StudyConfig
 from .study_design import Variant
@@ -47,15 +49,14 @@ from .study_tables import (
     interaction_rows,
     is_better,
     is_empty,
-    level_table,
     metric_cells,
-    network_table,
     predictor_table,
-    recipe_tables,
     shown_metrics,
 )
 from .study_text import (
     AT_THIS_SCALE,
+    BIAS_IN_WORDS,
+    changed_line,
     command_line,
     cost_lines,
     is_gone,
@@ -64,6 +65,7 @@ from .study_text import (
     setting_rows,
     verdict_line,
 )
+from .study_variant_tables import level_table, network_table, recipe_tables
 
 PAGE, SUMMARY = "report.html", "summary.md"
 SECTIONS = {2: "Samples", 1: "Reconstructions"}
@@ -107,14 +109,22 @@ def write_report(
         config=config,
         at_this_scale=AT_THIS_SCALE,
         lead=verdict_line(config, variants, analysis, records),
+        changed=changed_line(setting),
         claims=claim_rows(config, analysis, records),
+        checks=check_table(config, analysis, records),
+        checks_in_words=checks_in_words(config),
         protocol=protocol_lines(config, variants, setting),
         levels=level_table(config, variants),
         networks=network_table(variants, setting.get("networks", {})),
         recipe=recipe_tables(variants),
         names=[variant.name for variant in variants],
         rule=analysis.rule,
-        metrics=[(*head, metric_cells(variants, analysis, records, names)) for *head, names in _columns(analysis)],
+        power=power_in_words(config, variants),
+        metrics=[
+            (*head, metric_cells(config, variants, analysis, records, names))
+            for *head, names in _columns(analysis, OF_VARIANTS)
+        ],
+        bias=BIAS_IN_WORDS if any(name in of for of in analysis.variants.values() for name in BESIDE) else "",
         health=_health_table(variants, cells),
         costs=cost_table(records),
         cost_lines=cost_lines(records),
@@ -135,7 +145,7 @@ def write_report(
         photographs=photographs,
         reconstructions=_reconstructions(folder, config, shown) if photographs else [],
         worst=worst_strips(shown) if photographs else [],
-        missing=missing_lines(config, variants, analysis, records),
+        missing=missing_lines(config, variants, analysis, records, setting),
         command=command_line(config, setting),
         setting=setting_rows(setting),
     )
@@ -151,10 +161,10 @@ def _from_inside(folder: Path, text: str) -> str:
     return text
 
 
-def _columns(analysis: Analysis) -> list[tuple[str, list[Column], list[str]]]:
+def _columns(analysis: Analysis, columns: Mapping[str, Column] = METRICS) -> list[tuple[str, list[Column], list[str]]]:
     """Return the heading, the columns and the metrics of the tables of each stage, that of the samples first."""
-    found = {heading: shown_metrics(analysis, stage) for stage, heading in SECTIONS.items()}
-    return [(heading, [METRICS[name] for name in names], names) for heading, names in found.items() if names]
+    found = {heading: shown_metrics(analysis, stage, columns) for stage, heading in SECTIONS.items()}
+    return [(heading, [columns[name] for name in names], names) for heading, names in found.items() if names]
 
 
 def _health_table(variants: Sequence[Variant], cells: Sequence[CellRuns]) -> Table:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from .ablate_tables import signed
-from .comparison import flatten, plain
-from .metric_columns import METRICS
+from .metric_columns import METRICS, OF_VARIANTS, Column
 from .report_tables import duration, short_count
 from .study_claims import figure
 from .study_config import StudyConfig
@@ -54,9 +52,10 @@ class ClaimRow:
 
 @dataclass(frozen=True)
 class MetricCell:
-    """One metric of one variant: mean and deviation, and per seed the value with its interval over images."""
+    """One metric of one variant: mean and deviation, of how many seeds if not all, and each with its interval."""
 
     text: str
+    lacking: str
     seeds: Sequence[str]
 
 
@@ -145,17 +144,21 @@ def _reconstructions(record: CellRecord) -> int | None:
     return found.get("num_samples") if isinstance(found, Mapping) else None
 
 
-def shown_metrics(analysis: Analysis, stage: int | None = None) -> list[str]:
+def shown_metrics(analysis: Analysis, stage: int | None = None, columns: Mapping[str, Column] = METRICS) -> list[str]:
     """Return the metrics that any variant has, of one stage or of both; those of the samples first."""
     return [
         name
-        for name, column in METRICS.items()
+        for name, column in columns.items()
         if stage in (None, column.stage) and any(name in variant for variant in analysis.variants.values())
     ]
 
 
 def metric_cells(
-    variants: Sequence[Variant], analysis: Analysis, records: Sequence[CellRecord], metrics: Sequence[str]
+    config: StudyConfig,
+    variants: Sequence[Variant],
+    analysis: Analysis,
+    records: Sequence[CellRecord],
+    metrics: Sequence[str],
 ) -> dict[str, list[MetricCell]]:
     """Return per variant a cell for every one of ``metrics``."""
     intervals = {(record.variant, record.seed): record.intervals for record in records}
@@ -165,6 +168,7 @@ def metric_cells(
         cells[variant.name] = [
             MetricCell(
                 summary_text(metric, found.get(metric)),
+                lacking_text(config, found.get(metric)),
                 [
                     f"seed {seed}: {_number(metric, value)}{_bounds(metric, intervals.get((variant.name, seed), {}))}"
                     for seed, value in zip(found[metric].seeds, found[metric].values, strict=True)
@@ -185,8 +189,15 @@ def summary_text(metric: str, summary: Summary | None) -> str:
     return _number(metric, summary.mean) + spread
 
 
+def lacking_text(config: StudyConfig, summary: Summary | None) -> str:
+    """Return ``2 of 3 seeds`` where a cell failed, is not finished or was not measured; else nothing."""
+    if summary is None or len(summary.seeds) == len(config.seeds):
+        return ""
+    return f"{len(summary.seeds)} of {len(config.seeds)} seeds"
+
+
 def _number(metric: str, value: float) -> str:
-    return f"{value:.{METRICS[metric].digits}f}"
+    return f"{value:.{OF_VARIANTS[metric].digits}f}"
 
 
 def _bounds(metric: str, intervals: Mapping[str, Sequence[float]]) -> str:
@@ -265,37 +276,6 @@ def p_text(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
 
 
-def level_table(config: StudyConfig, variants: Sequence[Variant]) -> Table:
-    """Return what each variant changes: its levels, a dot where a factor is at its base level, which the head names.
-
-    Factors that are at it in all variants are left out.
-    """
-    base = {factor: next(iter(levels)) for factor, levels in config.factors.items()}
-    varied = [factor for factor in base if any(variant.levels[factor] != base[factor] for variant in variants)]
-
-    def told(variant: Variant, factor: str) -> str:
-        level = variant.levels[factor]
-        return "·" if level == base[factor] else level
-
-    rows = [[variant.name, *(told(variant, factor) for factor in varied)] for variant in variants]
-    return Table(("variant", *(f"{factor} (base: {base[factor]})" for factor in varied)), rows, 1 + len(varied))
-
-
-def recipe_tables(variants: Sequence[Variant]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, list[str]]]]:
-    """Return the settings of both stages: those in which variants differ, a value of each; and the others."""
-    recipes = [flatten(variant.recipe.model_dump(mode="json")) for variant in variants]
-    names = [name for name in dict.fromkeys(name for recipe in recipes for name in recipe) if not _is_seed(name)]
-    rows = [(name, [plain(recipe[name]) if name in recipe else NONE for recipe in recipes]) for name in names]
-    return (
-        [(name, values) for name, values in rows if len(set(values)) > 1],
-        [(name, values[:1]) for name, values in rows if len(set(values)) == 1],
-    )
-
-
-def _is_seed(name: str) -> bool:
-    return name.rpartition(".")[2] == "seed"
-
-
 OF_AUTOENCODER = {
     "autoencoder_seconds": "stage one",
     "reconstruction_seconds": "its evaluation",
@@ -322,30 +302,3 @@ def cost_table(records: Sequence[CellRecord]) -> Table:
 
 def _each_once(texts: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(texts))
-
-
-def network_table(variants: Sequence[Variant], networks: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return what the runner recorded of every variant's networks: the capacities that a comparison rests on."""
-    columns = {
-        "latent_shape": "latents",
-        "noise_shift": "noise shift",
-        "autoencoder_parameters": "autoencoder",
-        "denoiser_parameters": "denoiser",
-        "denoiser_parameters_inside": "denoiser without its ends",
-        "encode_flops": "encode, GFLOP",
-        "decode_flops": "decode, GFLOP",
-        "denoise_flops": "denoise, GFLOP",
-    }
-    shown = [key for key in columns if any(key in networks.get(variant.name, {}) for variant in variants)]
-    rows = [[v.name, *(_of_network(key, networks.get(v.name, {}).get(key)) for key in shown)] for v in variants]
-    return Table(("variant", *(columns[key] for key in shown)), rows if shown else [])
-
-
-def _of_network(key: str, value: Any) -> str:
-    if value is None:
-        return NONE
-    if isinstance(value, Sequence):
-        return " × ".join(map(str, value))
-    if key.endswith("_parameters") or key == "denoiser_parameters_inside":
-        return short_count(value)
-    return f"{value / 1e9:.2f}" if key.endswith("_flops") else f"{value:.3g}"

@@ -18,6 +18,10 @@ from .study_records import CellRecord
 from .study_tables import OF_AUTOENCODER, SECONDS
 
 AT_THIS_SCALE = "at this scale"
+BIAS_IN_WORDS = (
+    "rFID∞ is rFID extrapolated to infinitely many images: at few, rFID is too high, and not alike for all "
+    "autoencoders."
+)
 VERDICTS = ("supported", "refuted", "inconclusive")
 
 
@@ -35,6 +39,16 @@ def verdict_line(
     )
 
 
+def changed_line(setting: Mapping[str, Any]) -> str:
+    """Say which sections of the configuration are not as they were when the first cell was begun; else nothing."""
+    names = setting.get("changed_since_the_first_start", [])
+    if not names:
+        return ""
+    were = "was" if len(names) == 1 and not names[0].endswith("s") else "were"
+    told = f"{', '.join(names)} {were} changed after the first start; see config.1.yaml"
+    return _sentence(told.replace("_", " "))
+
+
 def protocol_lines(config: StudyConfig, variants: Sequence[Variant], setting: Mapping[str, Any]) -> list[str]:
     """Say what is the same in all cells."""
     evaluation, first = config.evaluation, variants[0].recipe
@@ -44,7 +58,6 @@ def protocol_lines(config: StudyConfig, variants: Sequence[Variant], setting: Ma
     ]
     reconstructed = "all" if evaluation.num_reconstructions is None else f"{evaluation.num_reconstructions:,}"
     seeds = ", ".join(map(str, config.seeds))
-    comparisons = len(claimed_effects(config))
     return [
         _data_line(config, setting),
         f"Stage one: {stages[0]} in every cell. Stage two: {stages[1]}, on latents that are cached once"
@@ -58,9 +71,21 @@ def protocol_lines(config: StudyConfig, variants: Sequence[Variant], setting: Ma
         f"{evaluation.steps} steps, {evaluation.grid} grid, averaged weights) against all training images, and "
         f"{reconstructed} images reconstructed (LPIPS with {evaluation.lpips_net}). KID, which has no bias at few "
         "samples, decides; FID stands beside it and is comparable within this study only.",
-        f"The claims make {comparisons} comparison{'s' * (comparisons != 1)}, fixed with the rule before the run, and "
-        f"corrected for that number: the intervals that decide them hold together at level {config.rule.level:g}.",
+        *_claims_line(config, setting),
     ]
+
+
+def _claims_line(config: StudyConfig, setting: Mapping[str, Any]) -> list[str]:
+    """Say what the claims compare, and that they were there beforehand only where they were."""
+    count, changed = len(claimed_effects(config)), changed_line(setting)
+    if not count:
+        return []
+    fixed = "" if changed else ", fixed with the rule before the run"
+    told = (
+        f"The claims make {count} comparison{'s' * (count > 1)}{fixed}. The intervals that decide them are corrected "
+        f"for that number: they hold together at level {config.rule.level:g}, as far as the rule below says."
+    )
+    return [f"{told} {changed}".rstrip()]
 
 
 def _data_line(config: StudyConfig, setting: Mapping[str, Any]) -> str:
@@ -122,12 +147,17 @@ def cost_lines(records: Sequence[CellRecord]) -> list[str]:
 
 
 def missing_lines(
-    config: StudyConfig, variants: Sequence[Variant], analysis: Analysis, records: Sequence[CellRecord]
+    config: StudyConfig,
+    variants: Sequence[Variant],
+    analysis: Analysis,
+    records: Sequence[CellRecord],
+    setting: Mapping[str, Any],
 ) -> list[str]:
-    """Say what was left out or failed, and why."""
+    """Say what was changed after the first start; and what was left out or failed, and why."""
     there = {(record.variant, record.seed) for record in records}
     absent = [f"{v.name}, seed {seed}" for v in variants for seed in config.seeds if (v.name, seed) not in there]
-    lines = [_sentence(note) for note in analysis.notes]
+    lines = [changed] if (changed := changed_line(setting)) else []
+    lines += [_sentence(note) for note in analysis.notes]
     if absent:
         lines.append(f"Not finished when this was written: {'; '.join(absent)}.")
     measured = [record for record in records if record.failed is None]

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from wavelatent.common.config import load_config
 from wavelatent.pipelines.metric_columns import METRICS
 from wavelatent.pipelines.study_analysis import analyse, power_in_words
 from wavelatent.pipelines.study_claims import judge
 from wavelatent.pipelines.study_config import Metric, StudyConfig, StudyEvaluationConfig
-from wavelatent.pipelines.study_design import Variant
+from wavelatent.pipelines.study_design import Variant, make_variants
+from wavelatent.pipelines.study_effects import Comparison, claimed_effects
 from wavelatent.pipelines.study_findings import Analysis, Effect
 from wavelatent.pipelines.study_predictors import OF_THE_SHAPE, SIZE
 from wavelatent.pipelines.study_records import CellRecord
@@ -265,6 +267,26 @@ class TestPlantedEffects:
         assert effect_of(analysis, level="d").simultaneous is None
         assert effect_of(analysis, "fid", level="b").simultaneous is None
         assert "2 comparisons" in analysis.rule
+        assert "where variants scatter alike" in analysis.rule
+
+    def test_the_paired_interval_stands_beside_the_pooled_one_and_decides_nothing(self):
+        claims = {"one": [compare("b", expect="worse")], "other": [compare("c")]}
+        kid = noisy_kid(np.random.default_rng(0), 0, math.log(1.5), 0, 0.1, -0.1, 0)
+        kid[1] *= [0.85, 1.15, 1.0]  # it scatters more than all others
+        by_rule = {}
+        for spread in ("pooled", "paired"):
+            config, variants = planned(claims, spread=spread)
+            by_rule[spread] = analyse(config, variants, recorded(variants, {"kid_mean": kid}))
+        effect = effect_of(by_rule["pooled"], level="b")
+        oracle = stats.ttest_rel(*np.log(kid[[1, 0]])).confidence_interval(1 - 0.05 / 2)
+        assert effect.paired == pytest.approx(tuple(np.exp(oracle)))
+        assert by_rule["pooled"].as_dict()["claims"][0]["parts"][0]["effect"]["paired"] == effect.paired
+        assert effect.paired == effect_of(by_rule["paired"], level="b").simultaneous
+        assert effect.paired[0] < 1 < effect.simultaneous[0]
+        assert [rule.claims[0].verdict for rule in by_rule.values()] == ["supported", "inconclusive"]
+        assert effect_of(by_rule["pooled"], level="d").paired is None
+        assert effect_of(by_rule["paired"], level="b").paired is None, "it is the rule's own"
+        assert "scatter" not in by_rule["paired"].rule
 
     def test_effects_and_interactions_of_a_factorial_are_recovered(self):
         factors = {"channels": ["4", "16"], "bound": ["no", "yes"], "seen": ["few", "many"]}
@@ -583,6 +605,87 @@ class TestErrorRates:
         config, variants = planned({str(i): [compare("abcdef"[v], "abcdef"[w])] for i, (v, w) in enumerate(PAIRS)})
         assert "lower by 10 %, 17 %, 30 %" in power_in_words(config, variants)
         assert "judges nothing" in power_in_words(*planned())
+
+
+def firsts(values: Sequence[object]) -> tuple[int, ...]:
+    """Return the first place of every value."""
+    return tuple(values.index(value) for value in values)
+
+
+class TestThePresetsDesign:
+    """Simulated studies of the presets' own variants, seeds and claims, in which nothing differs."""
+
+    CONFIG = load_config(StudyConfig, "study-faces64")
+    VARIANTS = make_variants(CONFIG)
+    FIRST = firsts([variant.recipe.autoencoder for variant in VARIANTS])
+    """Per variant the first that has its autoencoders."""
+
+    def null(self, studies: int, **scatters: float) -> dict[str, np.ndarray]:
+        """Return KID and rFID ``[studies, V, 3]``; ``scatters``: how much more than others a variant scatters."""
+        rng = np.random.default_rng(2026)
+        scatter = 0.05 * np.array([[scatters.get(variant.name.replace("-", "_"), 1.0)] for variant in self.VARIANTS])
+        size = (studies, len(self.VARIANTS), len(self.CONFIG.seeds))
+        kid, rfid = (
+            np.exp(rng.normal(0, 0.1, (studies, 1, size[2])) + scatter * rng.normal(size=size)) for _ in range(2)
+        )
+        return {"kid_mean": BASE_KID * kid, "rfid": 10 * rfid[:, self.FIRST]}
+
+    def concluded(self, figures: Mapping[str, np.ndarray], spread: str) -> np.ndarray:
+        """Of every study, whether any claim is supported or refuted: all of them need that something differs."""
+        names, own = [variant.name for variant in self.VARIANTS], sorted(set(self.FIRST))
+        rows = {"kid_mean": list(range(len(names))), "rfid": own}
+        logs = {metric: np.log(values[:, rows[metric]]) for metric, values in figures.items()}
+        models = {metric: AdditiveModel(values) for metric, values in logs.items()}
+        level = self.CONFIG.rule.level / len(claimed_effects(self.CONFIG))
+        found = np.zeros(len(logs["kid_mean"]), dtype=bool)
+        for claim in self.CONFIG.claims.values():
+            supported, refuted = np.ones_like(found), np.zeros_like(found)
+            for part in claim.comparisons:
+                weights, pairs = np.zeros(len(names)), Comparison.of(part).contexts(self.VARIANTS)
+                for name, weight in ((name, sign) for pair in pairs for name, sign in zip(pair, (1, -1), strict=True)):
+                    row = names.index(name)
+                    weights[row if part.metric == "kid_mean" else self.FIRST[row]] += weight / len(pairs)
+                weights = weights[rows[part.metric]]
+                estimate = (
+                    models[part.metric].contrast(weights) if spread == "pooled" else paired(logs[part.metric], weights)
+                )
+                low, high = estimate.interval(level)
+                below, above = high < math.log(1 + part.margin), low > math.log(1 + part.margin)
+                supported &= above if part.expect == "worse" else below
+                refuted |= below if part.expect == "worse" else above
+            found |= supported | refuted
+        return found
+
+    @pytest.mark.parametrize("spread", ["pooled", "paired"])
+    def test_it_is_what_a_study_does(self, spread):
+        config = self.CONFIG.model_copy(update={"rule": self.CONFIG.rule.model_copy(update={"spread": spread})})
+        figures = self.null(300, bounded_4=3)
+        found = self.concluded(figures, spread)
+        folders = {
+            (own.name, seed): {"autoencoder": f"{first}-{seed}"}
+            for own, first in zip(self.VARIANTS, self.FIRST, strict=True)
+            for seed in config.seeds
+        }
+        studies = [*np.flatnonzero(found)[:4], *np.flatnonzero(~found)[:4]]
+        assert found.any()
+        for study in studies:
+            metrics = {metric: values[study] for metric, values in figures.items()}
+            claims = analyse(config, self.VARIANTS, recorded(self.VARIANTS, metrics, folders=folders)).claims
+            assert any(claim.verdict != "inconclusive" for claim in claims) == found[study]
+
+    @pytest.mark.parametrize(
+        ("scatters", "pooled"), [({}, 0.02), ({"bounded_4": 2}, 0.07), ({"bounded_4": 3}, 0.15), ({"kl_4": 3}, 0.05)]
+    )
+    def test_the_rates_that_the_rule_states(self, scatters, pooled):
+        figures = self.null(6000, **scatters)
+        rates = {spread: float(np.mean(self.concluded(figures, spread))) for spread in ("pooled", "paired")}
+        assert rates["pooled"] == pytest.approx(pooled, abs=0.015)  # three standard errors
+        assert rates["paired"] < 0.025
+        if not scatters:
+            assert rates["pooled"] < self.CONFIG.rule.level
+            rule = analyse(self.CONFIG, self.VARIANTS, []).rule
+            assert "2 % of simulated studies" in rule
+            assert "7 % or 15 % do" in rule
 
 
 def test_every_metric_of_a_claim_has_a_scale_and_a_direction():

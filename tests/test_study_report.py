@@ -1,5 +1,6 @@
 """The report of a study, from made-up cells: it says what the analysis says, names every gap, and can be passed on."""
 
+import dataclasses
 import io
 import random
 import re
@@ -17,10 +18,13 @@ from html_page import Page, parse
 from PIL import Image
 from tiny_diffusion_run import random_model, write_autoencoder, write_run
 
+from wavelatent.common.config import load_config
 from wavelatent.common.run_folder import save_model_folder
+from wavelatent.pipelines import study_report
 from wavelatent.pipelines.report_runs import Run
 from wavelatent.pipelines.report_runs import Variant as RunVariant
-from wavelatent.pipelines.study_analysis import analyse
+from wavelatent.pipelines.study_analysis import analyse, power_in_words
+from wavelatent.pipelines.study_checks import check_table
 from wavelatent.pipelines.study_config import StudyConfig, StudyEvaluationConfig
 from wavelatent.pipelines.study_design import Variant, make_variants
 from wavelatent.pipelines.study_findings import Analysis
@@ -29,7 +33,7 @@ from wavelatent.pipelines.study_pictures import radial_power, with_samples
 from wavelatent.pipelines.study_plots import Dots, scatter, styles
 from wavelatent.pipelines.study_records import CellRecord
 from wavelatent.pipelines.study_report import write_report
-from wavelatent.pipelines.study_text import total_seconds
+from wavelatent.pipelines.study_text import missing_lines, total_seconds
 
 CONFIG = StudyConfig.model_validate(
     {
@@ -97,7 +101,7 @@ def folders(variant: str, seed: int) -> dict[str, str]:
 
 
 def record(variant: Variant, seed: int) -> CellRecord:
-    kid, rfid = MEANS[variant.name]
+    kid, rfid = MEANS.get(variant.name, (0.05, 10.0))
     draw = random.Random(f"{variant.name} {seed}")
     kid *= draw.gauss(1, 0.02)
     rfid = rfid * random.Random(folders(variant.name, seed)["autoencoder"]).gauss(1, 0.015)
@@ -117,7 +121,7 @@ def record(variant: Variant, seed: int) -> CellRecord:
     return CellRecord(
         **known,
         metrics=metrics,
-        intervals={"kid_mean": (kid - 0.002, kid + 0.002), "rfid": (rfid - 0.4, rfid + 0.4)},
+        intervals={"kid_mean": (kid - 0.0005, kid + 0.0005), "rfid": (rfid - 0.4, rfid + 0.4)},
         health={"scale.kurtosis": draw.gauss(rfid, 1), "spectrum.slope": -draw.gauss(20 * kid, 0.05)},
         verdicts=("scale: dead_channel",) if variant.levels["bottleneck"] == "kl" else (),
         cost={
@@ -230,6 +234,8 @@ def test_every_value_stands_with_its_seed_and_interval(whole: Path) -> None:
     tables = rows(whole / "report.html")
     assert ["scale: dead channel", "fault 3/3", "–", "–", "3/3", "fault 3/3", "–"] in tables
     assert ["kl-4", "4 × 8 × 8", "1.23 M", "2.34"] in tables
+    lacking = [row[0] for row in tables if any(">1 of 3 seeds</small>" in cell for cell in row)]
+    assert lacking == ["bounded-4-noise"] * 2, "of one cell that failed and one that is not there, for both stages"
     assert ["bounded-16", "bounded", "16", "·", "·"] in tables
 
 
@@ -239,7 +245,9 @@ def test_what_is_missing_is_named_and_nothing_stands_twice(whole: Path) -> None:
     assert "Not finished when this was written: bounded-4-noise, seed 2." in text
     labels = [row[0] for row in rows(whole / "report.html") if row]
     assert labels.count("none against channel") == 2  # once per stage: the claim's own restriction changes nothing
-    assert not [label for label in labels if "at bottleneck kl" in label]
+    assert [label for label in labels if "at bottleneck kl" in label] == [
+        "KID, whitening none against channel (at bottleneck kl)"  # the check of the claim's own interval
+    ]
     assert "– both sides share their autoencoders, which were measured once" in text  # rFID of whitening
 
 
@@ -318,7 +326,7 @@ def test_the_summary_is_well_formed_markdown(tmp_path: Path) -> None:
     variants, records, analysis = made_up()
     text = markdown(CONFIG, variants, records, analysis, SETTING)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(tables) == 4  # verdicts, values, levels, effects
+    assert len(tables) == 5  # verdicts, what stands beside their intervals, values, levels, effects
     for table in tables:
         rows = table.splitlines()
         assert set(rows[1]) == {"|", "-"}
@@ -329,6 +337,11 @@ def test_the_summary_is_well_formed_markdown(tmp_path: Path) -> None:
     )
     spread = analysis.variants["kl-4"]["kid_mean"]
     assert f"| kl-4 | {spread.mean:.5f} ± {spread.std:.5f} |" in text
+    kid = analysis.variants["bounded-4-noise"]["kid_mean"].mean
+    assert f"| bounded-4-noise (1 of 3 seeds) | {kid:.5f} |" in text
+    less = [dataclasses.replace(one, metrics={"kid_mean": 0.1}) if one.seed == 2 else one for one in records]
+    text = markdown(CONFIG, variants, less, analyse(CONFIG, variants, less), SETTING)
+    assert re.search(r"\| kl-4 \| [\d.]+ ± [\d.]+ \| [\d.]+ ± [\d.]+ \(2 of 3 seeds\) \|", text), "of FID alone"
     assert "wavelatent study config.yaml --data TRAIN --eval-data VALIDATION --mixed-precision bf16 --out OUT" in text
 
 
@@ -383,6 +396,134 @@ def test_names_of_points_stay_inside_the_plot(name: str) -> None:
         pixels = np.asarray(image.convert("L"))
     assert pixels[:, -3:].min() > 200  # nothing is cut at the right edge
     assert f"{name} 1 at 0 and 1" in figure.alt
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the plots, which take longest."""
+    for name in ("_forests", "_scatters"):
+        monkeypatch.setattr(study_report, name, lambda *_: [])
+
+
+def both(folder: Path) -> list[str]:
+    """Return what page and summary say."""
+    return [
+        " ".join(text.split())
+        for text in (parse(folder / "report.html").text, (folder / "summary.md").read_text(encoding="utf-8"))
+    ]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_what_was_changed_after_the_first_start_is_not_called_fixed_before_the_run(tmp_path: Path) -> None:
+    variants, records, analysis = made_up()
+    fixed = "The claims make 4 comparisons, fixed with the rule before the run."
+    told = "were changed after the first start; see config.1.yaml."
+    for names, said in (([], None), (["factors", "design", "claims"], f"Factors, design, claims {told}")):
+        write_report(tmp_path, CONFIG, variants, records, analysis, {**SETTING, "changed_since_the_first_start": names})
+        for text in both(tmp_path):
+            assert (fixed in text) == (said is None)
+            assert told in text or said is None
+            if said:
+                assert text.count(said) == 3  # by the verdicts, in the protocol, first of what is to be read with care
+                assert text.index("at this scale: 6 variants") < text.index(said) < text.index("Bounded latents help.")
+                assert text.index(said) < text.index("The claims make 4 comparisons.") < text.rindex(said)
+    one = {"changed_since_the_first_start": ["design"]}
+    assert missing_lines(CONFIG, variants, analysis, records, one)[0] == "Design " + told.replace("were", "was")
+    config = CONFIG.model_copy(update={"claims": {}})
+    write_report(tmp_path, config, variants, records, analyse(config, variants, records), SETTING)
+    for text in both(tmp_path):
+        assert "before the run" not in text
+        assert "The claims make" not in text
+
+
+def test_checks_stand_beside_the_intervals_that_decide(whole: Path) -> None:
+    variants, records, analysis = made_up()
+    found = {row[0]: row[1:] for row in rows(whole / "report.html") if len(row) == 4}
+    summary = (whole / "summary.md").read_text(encoding="utf-8")
+    effects = {part.effect.metric: part.effect for claim in analysis.claims[:2] for part in claim.parts}
+    names = {"kid_mean": "KID, channels 16 against 4", "rfid": "rFID, channels 16 against 4"}
+    for metric, name in names.items():
+        effect = effects[metric]
+        assert effect.simultaneous and effect.paired and effect.error and effect.image_error  # noqa: PT018
+        bounds = [f"[{low:.3f}, {high:.3f}]" for low, high in (effect.simultaneous, effect.paired)]
+        share = f"more samples would remove up to {100 * (effect.image_error / effect.error) ** 2:.0f} % of the square"
+        holds = "the interval holds for these 500 reconstructions; other images would move it by"
+        said = f"{share} of its error" if metric == "kid_mean" else f"{holds} {100 * effect.image_error:.2g} %"
+        assert found[name][:2] == bounds
+        assert found[name][2].startswith(said)
+        assert f"| {name} | {' | '.join(bounds)} | {said}" in summary
+    assert len([row for row in summary.splitlines() if "of its error |" in row or "for these 500" in row]) == 4
+    for text in both(whole):
+        assert power_in_words(CONFIG, variants) in text
+    wide = [dataclasses.replace(one, intervals={"kid_mean": (0.0, 0.1)} if one.metrics else {}) for one in records]
+    of_images = [row[-1] for row in check_table(CONFIG, analyse(CONFIG, variants, wide), wide).rows]
+    assert set(of_images) == {
+        "more samples would remove up to all of the square of its error",
+        "the interval holds for these 500 reconstructions",
+    }
+
+
+def test_under_a_paired_rule_its_own_interval_is_not_shown_again() -> None:
+    config = CONFIG.model_copy(update={"rule": CONFIG.rule.model_copy(update={"spread": "paired"})})
+    variants, records, _ = made_up()
+    table = check_table(config, analyse(config, variants, records), records)
+    assert table.head == ("comparison", "interval of the rule", "images")
+    assert len(table.rows) == 4
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_extrapolated_rfid_stands_beside_rfid_and_says_where_it_orders_variants_otherwise(tmp_path: Path) -> None:
+    variants, records, _ = made_up()
+    by_rfid = sorted(("kl-16", "bounded-16"), key=lambda name: made_up()[2].variants[name]["rfid"].mean)
+    lower = dict(zip(by_rfid, (2.0, 3.0), strict=True))  # the larger rFID of both is the one with more bias
+    extrapolated = [
+        dataclasses.replace(
+            one,
+            metrics={**one.metrics, "rfid_extrapolated": one.metrics["rfid"] - lower.get(one.variant, 2.5)},
+        )
+        if one.metrics
+        else one
+        for one in records
+    ]
+    analysis = analyse(CONFIG, variants, extrapolated)
+    (note,) = [note for note in analysis.notes if "rFID∞" in note]
+    assert note.endswith("stand the other way round: bounded-16 and kl-16")
+    write_report(tmp_path, CONFIG, variants, extrapolated, analysis, SETTING)
+    for text in both(tmp_path):
+        assert f"{note}." in text
+        assert "rFID∞ is rFID extrapolated to infinitely many images" in text
+    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "| rFID ↓ | rFID∞ ↓ |" in summary
+    mean = analysis.variants["kl-16"]["rfid_extrapolated"].mean
+    assert f" | {mean:.2f} ± " in summary
+    assert [row[-5:-2] for row in rows(tmp_path / "report.html") if "rFID∞" in "".join(row)] == [
+        [f"{name}<br><small>{side} is better</small>" for name, side in
+         (("rFID", "lower"), ("rFID∞", "lower"), ("PSNR (dB)", "higher"))]
+    ], "in the table of variants, and in none of effects"  # fmt: skip
+    assert not [effect for effect in analysis.effects if effect.metric == "rfid_extrapolated"]
+    assert not [note for note in made_up()[2].notes if "rFID∞" in note], "older results have none"
+
+
+@needs_chromium
+@pytest.mark.usefixtures("no_plots")
+def test_the_presets_ten_variants_fit_a_printed_page(tmp_path: Path) -> None:
+    config = load_config(StudyConfig, "study-faces64")
+    variants = make_variants(config)
+    records = [
+        dataclasses.replace(record(variant, seed), verdicts=("gaussianity: heavier_tails_than_normal",))
+        for variant in variants
+        for seed in config.seeds
+        if (variant.name, seed) != FAILED
+    ]
+    write_report(tmp_path, config, variants, records, analyse(config, variants, records), SETTING)
+    page = tmp_path / "report.html"
+    text = page.read_text(encoding="utf-8")
+    assert len(variants) >= 10
+    assert text.count("@media print") == 2  # of all pages, and of this one
+    page.write_text(text.replace("@media print", "@media all"), encoding="utf-8")
+    seen = look(page, 718, tmp_path)  # A4 between the margins
+    assert seen.found["bleeding"] == []
+    assert seen.found["width"] <= 718
 
 
 @needs_chromium
