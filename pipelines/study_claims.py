@@ -160,6 +160,6 @@ def _spread_in_words(spread: str, num_variants: int, num_seeds: int) -> str:
         f"{degrees} degrees of freedom where no cell is missing). This takes the spread to be alike in all variants. "
         "Where it is, and nothing differs, 2 % of simulated studies of the presets' design come to any verdict at "
         "level 0.05; where the variant that most comparisons share scatters twice or three times as much as the "
-        "others, 7 % or 15 % do. So the interval of each deciding comparison by its own differences stands beside "
+        "others, 7.5 % or 15 % do. So the interval of each deciding comparison by its own differences stands beside "
         "it, which takes nothing of the kind and decides nothing."
     )
