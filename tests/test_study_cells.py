@@ -183,6 +183,7 @@ def test_a_dry_run_lists_and_estimates_and_writes_nothing(out, steps, monkeypatc
     assert states(new) == ["new"] * 4
     assert [cell["shares_with"] for cell in new["cells"]] == [["unwhitened"], ["plain"]] * 2
     assert "(autoencoder shared with plain)" in describe(new)
+    assert new["power"] in describe(new)
     seconds = new["estimate"]["seconds"]
     assert seconds["autoencoder: train"] == 2 * 2 * 0.5
     assert seconds["diffusion: train"] == 4 * 2 * 0.25
