@@ -194,6 +194,7 @@ class Workbench:
             "seeds": describe_seeds(self.seeds(task.seed)),
             "autoencoder_fingerprint": self._fingerprint(task.autoencoder),
             "ema": task.config.train.ema.widths[0],
+            "ema_step": None,
             "guide_sha256": None,
             **self.sample_options.protocol(),
         }

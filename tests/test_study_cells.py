@@ -272,6 +272,7 @@ def test_of_a_task_whose_files_are_not_all_there_the_rest_is_done(lost, again, o
         ("lpips_net", "vgg", "autoencoder"),
         ("guidance", 2.0, "diffusion"),
         ("ema", 0.05, "diffusion"),
+        ("ema_step", 2, "diffusion"),
         ("pass_rows", 3, "diffusion"),
         ("mixed_precision", "bf16", "diffusion"),
         ("guide_sha256", "of another run", "diffusion"),
