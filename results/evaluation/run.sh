@@ -3,14 +3,15 @@
 # files of one size. What is there is not done again, so the script can be stopped and started as one likes.
 #
 # STEPS chooses among copies, figures and cost. NUM images are in each half (5000) and FEW in the small ones (700),
-# AGAINST names the halves that everything is held against ("b a"), SPOILED the copies (all), ROUNDS is how often the
-# cost is measured (3). WAVELATENT and PYTHON name other commands; the package must be installed for PYTHON.
+# AGAINST names the halves that everything is held against ("b a"), SPOILED the copies (all, or none of them), ROUNDS
+# is how often the cost is measured (3). WAVELATENT and PYTHON name other commands; the package must be installed for PYTHON.
 set -euo pipefail
 photographs=$1 out=$2
 here=$(cd "$(dirname "$0")" && pwd)
 wavelatent=${WAVELATENT:-wavelatent} python=${PYTHON:-python}
 steps=${STEPS:-copies figures cost} num=${NUM:-5000} few=${FEW:-700} against=${AGAINST:-b a} rounds=${ROUNDS:-3}
 spoiled=${SPOILED:-jpeg75 jpeg50 blur1 blur2 lanczos box}
+[ "$spoiled" = none ] && spoiled=
 inception="$out/inception.pth"
 export OMP_NUM_THREADS=1
 
