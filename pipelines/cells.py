@@ -31,6 +31,7 @@ POLL_SECONDS = 2.0
 NOT_IN_RESULT = MAY_CHANGE - {"train.steps"}
 """Settings that change when and what a run shows, and nothing that it computes: they do not name a cell."""
 FAILURE = "failure.json"
+"""In a cell's folder: what could not be finished, and why."""
 
 
 @dataclass(frozen=True)

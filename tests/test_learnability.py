@@ -101,3 +101,6 @@ def test_quick_figures_are_of_decoded_samples_against_the_images():
     assert figures["quick_fid"] > 0
     assert "quick_kid" in figures
     assert not any(name.startswith("quick") for name in learnability(latents, steps=0).figures)
+    section = learnability(latents, steps=0, quick=Quick(extract, lambda z: decode(z) * torch.nan, num_samples=12))
+    assert (section.figures["quick_fid"], section.figures["quick_kid"]) == (None, None)
+    assert "is not finite" in section.verdicts[0].text
