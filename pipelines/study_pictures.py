@@ -62,15 +62,22 @@ def read_cells(folder: Path, records: Sequence[CellRecord]) -> list[CellRuns]:
 
 
 def shown_variants(cells: Sequence[CellRuns]) -> tuple[int | None, list[report_runs.Variant]]:
-    """Return every variant's cell at the first seed at which most have one, and that seed."""
+    """Return every variant's cell at the first seed at which most have one and still most their weights; and the seed.
+
+    A study may have gone on from cells of which only the measurements and logs were kept.
+    """
     by_seed: dict[int, list[CellRuns]] = {}
     for cell in cells:
         if cell.record.failed is None and (cell.first is not None or cell.second is not None):
             by_seed.setdefault(cell.record.seed, []).append(cell)
     if not by_seed:
         return None, []
-    seed = max(by_seed, key=lambda seed: len(by_seed[seed]))
+    seed = max(by_seed, key=lambda seed: (len(by_seed[seed]), sum(map(_has_weights, by_seed[seed]))))
     return seed, [report_runs.Variant(cell.first, cell.second, cell.record.variant) for cell in by_seed[seed]]
+
+
+def _has_weights(cell: CellRuns) -> bool:
+    return cell.second is not None and (cell.second.path / "model" / "model.safetensors").is_file()
 
 
 def with_samples(

@@ -29,7 +29,7 @@ from wavelatent.pipelines.study_config import StudyConfig, StudyEvaluationConfig
 from wavelatent.pipelines.study_design import Variant, make_variants
 from wavelatent.pipelines.study_findings import Analysis
 from wavelatent.pipelines.study_markdown import markdown
-from wavelatent.pipelines.study_pictures import radial_power, with_samples
+from wavelatent.pipelines.study_pictures import radial_power, read_cells, shown_variants, with_samples
 from wavelatent.pipelines.study_plots import Dots, scatter, styles
 from wavelatent.pipelines.study_records import CellRecord
 from wavelatent.pipelines.study_report import write_report
@@ -285,6 +285,19 @@ def test_it_draws_what_the_folders_hold(whole: Path) -> None:
     ]  # fmt: skip
     assert any("encoded and decoded by bounded-16" in alt for alt in alts)
     assert "those of different latents cannot be compared" in " ".join(page.text.split())
+
+
+def test_of_seeds_with_as_many_cells_one_that_still_has_its_weights_is_shown(tmp_path: Path) -> None:
+    """A study may go on from cells of which only measurements and logs were kept."""
+    write_cells(tmp_path, ["kl-4"], [0, 1])
+    records = [one for one in made_up()[1] if one.variant == "kl-4"]
+    for seed in (0, 1):
+        model = tmp_path / folders("kl-4", seed)["diffusion"] / "model"
+        model.mkdir(exist_ok=True)
+        (model / "model.safetensors").write_bytes(b"")
+    assert shown_variants(read_cells(tmp_path, records))[0] == 0
+    (tmp_path / folders("kl-4", 0)["diffusion"] / "model" / "model.safetensors").unlink()
+    assert shown_variants(read_cells(tmp_path, records))[0] == 1
 
 
 def test_photographs_can_be_left_out(tmp_path: Path) -> None:
