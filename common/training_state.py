@@ -65,7 +65,7 @@ class TrainingState:
 
     def begin(self) -> Clock:
         """Open the run folder for writing, say that it runs, and start its clock."""
-        self.run.begin(mixed_precision=self.accelerator.mixed_precision)
+        self.run.begin(mixed_precision=self.accelerator.mixed_precision, processes=self.accelerator.num_processes)
         self.run.set_status("running", self.step, self.config.steps)
         return Clock(self.seconds_before, self.step)
 

@@ -3,6 +3,7 @@
 ::
 
     OUT/config.yaml                        the resolved configuration; config.1.yaml, ... those before that differ
+    OUT/first-start.json                   when the first of them was written
     OUT/data/train, validation             the images at data.size, where the configuration asks for one
     OUT/autoencoders, latents, diffusions  the cells, see :mod:`.study_cells`
     OUT/results.json                       configuration, a record per cell, analysis, and what all cells share
@@ -30,16 +31,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..common.config import dump_yaml, parse_yaml
 from ..common.distributed_features import by_main
+from ..common.checkpoints import write_json
 from ..common.errors import Diverged, UsageError, WavelatentError
 from ..common.files import write_atomically
 from ..common.metric_weights import load_weights
-from ..common.runtime import RuntimeOptions, StopRequest, accelerated
+from ..common.runtime import RuntimeOptions, StopRequest, accelerated, utc_now
 from .cells import Cell, claim, take_shard
 from .study_cells import FINAL_STATES, StudyCell, Task, Workbench, cells_of_shard, make_study_cells, tasks_of
 from .study_config import StudyConfig
 from .study_data import StudyData, open_study_data, prepare_study_data
 from .study_design import Variant, make_variants
 from .study_networks import Networks, networks_of
+from .report_runs import read_json
 from .study_results import public_config, record_of, setting_of, state_of
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RESULTS, SUMMARY, PAGE, CONFIG = "results.json", "summary.md", "report.html", "config.yaml"
+FIRST_START = "first-start.json"
 FORMAT = 1
 """Of ``results.json``; rises when a reader of it would have to change."""
 
@@ -203,6 +207,8 @@ def _begin(config: StudyConfig, out: Path, stop: StopRequest) -> None:
 def _keep_config(config: StudyConfig, out: Path) -> None:
     """Write ``config.yaml``. One that differs is kept, numbered: what is decided beforehand must stay known."""
     file, text = out / CONFIG, dump_yaml(config)
+    if not (out / FIRST_START).is_file():
+        write_json(out / FIRST_START, {"started": utc_now()})
     if file.is_file() and file.read_text(encoding="utf-8") == text:
         return
     if file.is_file():
@@ -222,6 +228,17 @@ def _changed_since(config: StudyConfig, out: Path) -> list[str]:
     first = parse_yaml(earlier[0].read_text(encoding="utf-8"), str(earlier[0]))
     now = config.model_dump(mode="json")
     return [name for name in now if name != "data" and first.get(name) != now[name]]
+
+
+def _begun_before(out: Path, plan: Plan) -> list[str]:
+    """Return the folders whose training began before the first configuration lay in ``out``: they came from elsewhere.
+
+    Of such nothing says that claims and rule were fixed beforehand.
+    """
+    first = read_json(out / FIRST_START).get("started", "")
+    folders = {task.folder for cell in plan.cells for task in (cell.autoencoder, cell.diffusion)}
+    begun = {folder: read_json(folder / "environment.json").get("started", first) for folder in folders}
+    return sorted(folder.relative_to(out).as_posix() for folder, when in begun.items() if when < first)
 
 
 def _work(plan: Plan, tasks: Sequence[Task], team: Team, stop: StopRequest) -> None:
@@ -294,6 +311,8 @@ def write_results(plan: Plan, *, again: bool, photographs: bool = True) -> dict[
     analysis = analyse(config, variants, records)
     setting = setting_of(plan.cells, records, plan.bench, plan.networks, plan.mixed_precision)
     setting["changed_since_the_first_start"] = _changed_since(config, out)
+    setting["begun_before_the_first_start"] = _begun_before(out, plan)
+    setting["photographs"] = photographs
     content = {
         "format": FORMAT,
         "config": public_config(config),

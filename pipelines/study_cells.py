@@ -15,12 +15,14 @@ it is not tried again until that file is removed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ..common.checkpoints import write_json
 from ..common.errors import Diverged
 from ..common.evaluation import Result
 from ..common.latent_cache import MANIFEST
@@ -44,6 +46,8 @@ from .train_diffusion import train_diffusion
 
 CELL_FORMAT = 1
 """To be raised where the same configuration comes to train otherwise than before: older cells are not taken then."""
+ENCODING = "encoding.json"
+"""Beside an autoencoder: the ``seconds`` that its latents took."""
 FINAL_STATES = {"finished", "failed"}
 Stage = Literal["autoencoder", "diffusion"]
 
@@ -201,11 +205,13 @@ class Workbench:
         return measured_as(task.folder / "evaluation-generation", wanted)
 
     def health(self, folder: Path) -> dict[str, Any]:
-        """Return an autoencoder's health report, where it is of these images and sections; else nothing."""
+        """Return an autoencoder's health report, where it is of these weights, images and sections; else nothing."""
         record = read_json(folder / "health" / RECORD)
         protocol = record.get("protocol", {})
-        found = protocol.get("sections"), protocol.get("num_images"), protocol.get("data", {}).get("fingerprint")
-        return record if found == (self.sections, self.num_health, self.data.validation.fingerprint()) else {}
+        found = protocol.get("sections"), protocol.get("num_images")
+        of_what = [protocol.get(name, {}).get("fingerprint") for name in ("data", "autoencoder")]
+        wanted = [self.data.validation.fingerprint(), self._fingerprint(folder)]
+        return record if found == (self.sections, self.num_health) and of_what == wanted else {}
 
     def seeds(self, seed: int) -> range:
         """Return the seeds of the samples: the same for all variants at a seed, others at another."""
@@ -264,17 +270,24 @@ class Workbench:
             Step(
                 "encode",
                 partial(self._is_encoded, task),
-                lambda: encode(
-                    ae,
-                    self.data.train.spec,
-                    task.latents,
-                    flips=self.config.flips,
-                    batch_size=self.batch_size,
-                    device=device,
-                ),
+                lambda: self._encode(task),
             ),
         ]
         return [step for step in steps if step.name != "diagnose" or self.sections]
+
+    def _encode(self, task: Task) -> None:
+        """Cache the latents, and note what that took, which a cache does not say."""
+        summary = encode(
+            str(task.folder),
+            self.data.train.spec,
+            task.latents,
+            flips=self.config.flips,
+            batch_size=self.batch_size,
+            device=self.options.device,
+        )
+        if os.environ.get("RANK", "0") == "0":
+            seconds = encoding_seconds(task.folder) + summary["seconds"]
+            write_json(task.folder / ENCODING, {"seconds": seconds})
 
     def _diffusion_steps(self, task: Task) -> list[Step]:
         folder = task.folder
@@ -298,6 +311,11 @@ class Workbench:
                 ),
             ),
         ]
+
+
+def encoding_seconds(folder: Path) -> float:
+    """Return how long the latents of the autoencoder in ``folder`` took; 0 where that was not noted."""
+    return float(read_json(folder / ENCODING).get("seconds", 0.0))
 
 
 def _is_trained(folder: Path) -> bool:

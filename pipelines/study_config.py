@@ -86,8 +86,8 @@ class StudyEvaluationConfig(Config):
     num_reconstructions: int | None = Field(None, ge=2)
     """Images of ``data.validation`` that each autoencoder reconstructs; None is all of them."""
     lpips_net: LpipsNet = "alex"
-    health: tuple[str, ...] = ("scale", "posterior", "gaussianity", "correlation", "spectrum", "geometry")
-    """Sections of the latent health report that are computed of every autoencoder; none: no report."""
+    health: tuple[str, ...] = tuple(SECTIONS)
+    """Sections of the latent health report that are computed of every autoencoder, by default all; none: no report."""
     health_images: int = Field(512, ge=2)
     """Images that they look at, where there are as many."""
 

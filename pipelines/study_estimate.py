@@ -19,7 +19,7 @@ from ..common.metric_weights import MissingWeightsError
 from ..stage1_autoencoder.bottlenecks import KLPenaltyConfig
 from ..stage2_diffusion.generation import evaluations
 from .report_runs import read_json
-from .study_cells import Task, Workbench
+from .study_cells import Task, Workbench, encoding_seconds
 from .study_networks import Networks
 from .study_results import last_logged
 from .study_timing import TIMED_STEPS, convolution_rate, time_autoencoder, time_diffusion
@@ -207,6 +207,8 @@ class _Speeds:
             bench = self.bench
             result = bench.reconstruction(task.folder) if stage == "autoencoder" else bench.generation(task)
             return None if result is None else result.seconds
+        if step == "encode":
+            return encoding_seconds(task.folder) or None
         return self.bench.health(task.folder).get("seconds") if step == "diagnose" else None
 
     def _rate(self, mixed_precision: Any) -> float:

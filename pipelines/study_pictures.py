@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import UsageError, WavelatentError
+from ..common.latent_cache import MANIFEST as LATENTS_MANIFEST
 from ..common.latent_cache import LatentCache
 from ..stage1_autoencoder.health_measures import whitened
 from ..stage1_autoencoder.health_spectrum import dct_power, radial_bins, radial_mean
@@ -46,7 +47,7 @@ class CellRuns:
 
 
 def read_cells(folder: Path, records: Sequence[CellRecord]) -> list[CellRuns]:
-    """Read the runs of every cell in the study's ``folder``."""
+    """Read the runs of every cell in the study's ``folder``, which may have moved since they were trained."""
     found: dict[str, Run | None] = {}
 
     def read(record: CellRecord, stage: str) -> Run | None:
@@ -58,7 +59,18 @@ def read_cells(folder: Path, records: Sequence[CellRecord]) -> list[CellRuns]:
                 found[name] = None
         return None if name is None else found[name]
 
-    return [CellRuns(record, read(record, "autoencoder"), read(record, "diffusion")) for record in records]
+    return [
+        CellRuns(record, read(record, "autoencoder"), _on_its_latents(read(record, "diffusion"), record, folder))
+        for record in records
+    ]
+
+
+def _on_its_latents(run: Run | None, record: CellRecord, folder: Path) -> Run | None:
+    """Return a run of stage two with the cache that lies in the study's ``folder``, where one does, as its input."""
+    path = folder / record.folders.get("latents", "")
+    if run is None or not (path / LATENTS_MANIFEST).is_file():
+        return run
+    return replace(run, inputs={**run.inputs, "latents": {**run.inputs["latents"], "path": str(path)}})
 
 
 def shown_variants(cells: Sequence[CellRuns]) -> tuple[int | None, list[report_runs.Variant]]:

@@ -37,6 +37,8 @@ OF_THE_SHAPE = frozenset(
         "gaussianity.mmd_width",
         "gaussianity.sliced_wasserstein_null_max",
         "gaussianity.sliced_wasserstein_null_mean",
+        "learnability.noise_shift",
+        "learnability.parameters",
         "posterior.units",
     }
 )

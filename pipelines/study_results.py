@@ -15,7 +15,7 @@ from ..common.evaluation import Result
 from ..common.images import ImageData
 from .report_runs import read_json
 from .sample_sources import describe_seeds
-from .study_cells import FINAL_STATES, StudyCell, Task, Workbench
+from .study_cells import FINAL_STATES, StudyCell, Task, Workbench, encoding_seconds
 from .study_config import StudyConfig
 from .study_design import Variant
 from .study_networks import Networks
@@ -64,7 +64,8 @@ def health_figures(record: Mapping[str, Any]) -> dict[str, float]:
     for section, content in record.get("sections", {}).items():
         for name, value in content["figures"].items():
             values = [item for item in (value if isinstance(value, list) else [value]) if _is_number(item)]
-            if values and not name.startswith("images") and not name.endswith("_images"):  # how many were looked at
+            counted = name.startswith("images") or name.endswith("_images")  # how many were looked at
+            if values and not counted and name != "seconds":
                 figures[f"{section}.{name}"] = math.fsum(values) / len(values)
     return figures
 
@@ -126,7 +127,8 @@ def setting_of(
         },
         "networks": {name: found.as_dict() for name, found in networks.items()},
         "environments": _distinct(
-            {name: environment.get(name) for name in ("versions", "hardware")} for environment in environments
+            {name: environment.get(name) for name in ("versions", "hardware", "processes")}
+            for environment in environments
         ),
         "git_commits": sorted({commit for each in environments if (commit := each.get("git_commit"))}),
         "unfinished": [
@@ -163,6 +165,7 @@ def _cost(
 ) -> dict[str, float]:
     return {
         "autoencoder_seconds": last_logged(first.folder).get("seconds", 0.0),
+        "encoding_seconds": encoding_seconds(first.folder),
         "diffusion_seconds": last_logged(second.folder).get("seconds", 0.0),
         **{f"{name}_seconds": result.seconds for name, result in measured.items()},
         "health_seconds": health.get("seconds", 0.0),

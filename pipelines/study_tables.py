@@ -280,6 +280,7 @@ OF_AUTOENCODER = {
     "autoencoder_seconds": "stage one",
     "reconstruction_seconds": "its evaluation",
     "health_seconds": "latent health",
+    "encoding_seconds": "latents",
 }
 """Wall times that cells with the same autoencoder share."""
 SECONDS = {**OF_AUTOENCODER, "diffusion_seconds": "stage two", "generation_seconds": "its evaluation"}

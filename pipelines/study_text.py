@@ -40,13 +40,23 @@ def verdict_line(
 
 
 def changed_line(setting: Mapping[str, Any]) -> str:
-    """Say which sections of the configuration are not as they were when the first cell was begun; else nothing."""
-    names = setting.get("changed_since_the_first_start", [])
-    if not names:
-        return ""
-    were = "was" if len(names) == 1 and not names[0].endswith("s") else "were"
-    told = f"{', '.join(names)} {were} changed after the first start; see config.1.yaml"
-    return _sentence(told.replace("_", " "))
+    """Say what keeps claims and rule from being called fixed before the run; nothing where nothing does.
+
+    That is a section of the configuration that is not as it was when the first cell was begun, or a cell that was begun
+    before any configuration lay here.
+    """
+    told = []
+    if names := setting.get("changed_since_the_first_start", []):
+        were = "was" if len(names) == 1 and not names[0].endswith("s") else "were"
+        changed = f"{', '.join(names)} {were} changed after the first start; see config.1.yaml"
+        told.append(_sentence(changed.replace("_", " ")))
+    if count := len(setting.get("begun_before_the_first_start", [])):
+        were = "run was" if count == 1 else "runs were"
+        told.append(
+            f"{count} {were} begun before the study's folder held a configuration, so that nothing says what had been "
+            "decided then."
+        )
+    return " ".join(told)
 
 
 def protocol_lines(config: StudyConfig, variants: Sequence[Variant], setting: Mapping[str, Any]) -> list[str]:

@@ -13,10 +13,11 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from wavelatent.common.config import load_config
+from wavelatent.pipelines.learnability import learnability
 from wavelatent.pipelines.metric_columns import METRICS
 from wavelatent.pipelines.study_analysis import analyse, power_in_words
 from wavelatent.pipelines.study_claims import judge
-from wavelatent.pipelines.study_config import Metric, StudyConfig, StudyEvaluationConfig
+from wavelatent.pipelines.study_config import Metric, StudyConfig
 from wavelatent.pipelines.study_design import Variant, make_variants
 from wavelatent.pipelines.study_effects import Comparison, claimed_effects
 from wavelatent.pipelines.study_findings import Analysis, Effect
@@ -496,7 +497,8 @@ class TestPredictors:
                 mean = F.avg_pool2d(mean.exp(), 3, 1, 1) * torch.linspace(1, 3, channels)[:, None, None]
             std = 0.1 + 0.1 * torch.rand(mean.shape, generator=draw) * (1 + smooth)
             data = LatentData(torch.rand(24, 3, 16, 16, generator=draw) * 2 - 1, mean, std, mean, None)
-            sections = {name: LATENT_SECTIONS[name](data) for name in StudyEvaluationConfig().health}
+            sections = {name: compute(data) for name, compute in LATENT_SECTIONS.items()}
+            sections["learnability"] = learnability(data, steps=1)
             plain = {name: {"figures": section.figures} for name, section in sections.items()}
             return health_figures({"sections": plain})
 

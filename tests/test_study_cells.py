@@ -15,7 +15,7 @@ from filelock import FileLock
 from tiny_study import Steps, stand_in_for_networks, tiny_config
 
 from wavelatent.common.errors import Diverged, Stopped, UsageError, WavelatentError
-from wavelatent.common.runtime import RuntimeOptions
+from wavelatent.common.runtime import RuntimeOptions, utc_now
 from wavelatent.pipelines import cells as cells_module
 from wavelatent.pipelines import study as study_module
 from wavelatent.pipelines import study_estimate
@@ -145,7 +145,8 @@ def test_a_report_of_what_is_finished(out, steps):
     assert cell["metrics"] == {"rfid": 2.0, "fid": 4.0, "kid_mean": 0.5}
     assert cell["health"] == {"scale.std": 2.0, "scale.rank": 2.0}
     assert cell["verdicts"] == ["scale: note", "scale: fault"]
-    assert (cell["cost"]["diffusion_seconds"], cell["cost"]["generation_seconds"]) == (7.0, 11.0)
+    took = [cell["cost"][f"{part}_seconds"] for part in ("diffusion", "generation", "encoding")]
+    assert took == [7.0, 11.0, 5.0]
     assert str(out) not in (out / "results.json").read_text()
 
 
@@ -293,14 +294,14 @@ def test_what_someone_measured_in_another_way_since_is_measured_again(field, val
 def test_what_was_made_with_other_weights_of_the_autoencoder_is_not_taken_for_done(out, steps):
     """Trained again, in a folder of the same name, it has others: on other hardware, or another number of threads."""
 
-    def record(folder: Path, fingerprint: str) -> None:
-        file = folder / "evaluation-reconstruction" / "metrics.json"
+    def record(name: str) -> None:
+        file = out / cell["autoencoder"] / name
         content = json.loads(file.read_text())
-        content["protocol"]["autoencoder"]["fingerprint"] = fingerprint
+        content["protocol"]["autoencoder"]["fingerprint"] = "other"
         file.write_text(json.dumps(content))
 
     cell = run(out, "seeds=[0]")["cells"][0]
-    record(out / cell["autoencoder"], "other")
+    record("evaluation-reconstruction/metrics.json")
     with pytest.raises(WavelatentError, match="no cell is finished"):
         run(out, "seeds=[0]", report_only=True)
 
@@ -308,12 +309,36 @@ def test_what_was_made_with_other_weights_of_the_autoencoder_is_not_taken_for_do
         raise WavelatentError(f"{step}: it was made from another autoencoder")
 
     steps.fails = refuse
+    with pytest.raises(WavelatentError, match="diagnose: it was"):
+        run(out, "seeds=[0]")
+    record("health/health.json")
     with pytest.raises(WavelatentError, match="encode: it was"):
         run(out, "seeds=[0]")
     (manifest,) = out.glob("latents/*/manifest.json")
     manifest.write_text(json.dumps({"autoencoder": {"fingerprint": "other"}}))
     with pytest.raises(WavelatentError, match="measure diffusion: it was"):
         run(out, "seeds=[0]")
+
+
+def test_a_finished_study_is_reported_again_without_photographs(out):
+    run(out, "seeds=[0]")
+    assert (out / "report.html").read_text() == "report"
+    run(out, "seeds=[0]", photographs=False)
+    assert (out / "report.html").read_text() == "report without photographs"
+
+
+def test_cells_that_were_begun_before_the_folder_had_a_configuration_are_counted(out):
+    """Such as those that were copied: claims may have been written after looking at them."""
+
+    def counted() -> list[str]:
+        return json.loads(Path(run(out, "seeds=[0]")["results"]).read_text())["setting"]["begun_before_the_first_start"]
+
+    cell = run(out, "seeds=[0]")["cells"][0]
+    environment = out / cell["diffusion"] / "environment.json"
+    environment.write_text(json.dumps({"started": utc_now()}))
+    assert counted() == []
+    environment.write_text(json.dumps({"started": "2020-01-01T00:00:00Z"}))
+    assert counted() == [cell["diffusion"]]
 
 
 def test_a_report_says_by_what_cells_are_found(out):

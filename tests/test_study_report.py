@@ -440,6 +440,11 @@ def test_what_was_changed_after_the_first_start_is_not_called_fixed_before_the_r
                 assert text.count(said) == 3  # by the verdicts, in the protocol, first of what is to be read with care
                 assert text.index("at this scale: 6 variants") < text.index(said) < text.index("Bounded latents help.")
                 assert text.index(said) < text.index("The claims make 4 comparisons.") < text.rindex(said)
+    begun = {"begun_before_the_first_start": ["diffusions/a-seed0", "diffusions/b-seed0"]}
+    write_report(tmp_path, CONFIG, variants, records, analysis, {**SETTING, **begun})
+    for text in both(tmp_path):
+        assert fixed not in text
+        assert text.count("2 runs were begun before the study's folder held a configuration") == 3
     one = {"changed_since_the_first_start": ["design"]}
     assert missing_lines(CONFIG, variants, analysis, records, one)[0] == "Design " + told.replace("were", "was")
     config = CONFIG.model_copy(update={"claims": {}})
