@@ -29,20 +29,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..common.checkpoints import write_json
 from ..common.config import dump_yaml, parse_yaml
 from ..common.distributed_features import by_main
-from ..common.checkpoints import write_json
 from ..common.errors import Diverged, UsageError, WavelatentError
 from ..common.files import write_atomically
 from ..common.metric_weights import load_weights
 from ..common.runtime import RuntimeOptions, StopRequest, accelerated, utc_now
 from .cells import Cell, claim, take_shard
+from .report_runs import read_json
 from .study_cells import FINAL_STATES, StudyCell, Task, Workbench, cells_of_shard, make_study_cells, tasks_of
 from .study_config import StudyConfig
 from .study_data import StudyData, open_study_data, prepare_study_data
 from .study_design import Variant, make_variants
 from .study_networks import Networks, networks_of
-from .report_runs import read_json
 from .study_results import public_config, record_of, setting_of, state_of
 
 if TYPE_CHECKING:
