@@ -1,4 +1,4 @@
-"""What stands beside the intervals that decide claims and decides nothing: is the rule's spread theirs, and the images.
+"""What stands beside the intervals that decide claims and decides nothing: the seeds one by one, their spread, images.
 
 The rule's error rate holds where variants scatter alike; an interval by a comparison's own differences needs nothing of
 the kind. And an interval over seeds says nothing of what the number of images does to it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .metric_columns import METRICS
+from .study_claims import figure
 from .study_config import StudyConfig
 from .study_findings import Analysis, Effect
 from .study_records import CellRecord
@@ -22,8 +23,10 @@ def checks_in_words(config: StudyConfig) -> str:
         "level, which does not take variants to scatter alike; and "
     )
     return (
-        f"Beside the rule, and deciding nothing: {paired * (config.rule.spread == 'pooled')}what the number of images "
-        "does to its error, by intervals over images, as an upper bound."
+        "Beside the rule, and deciding nothing: the paired differences of each seed; "
+        f"{paired * (config.rule.spread == 'pooled')}what the number of images does to its error. That is from each "
+        "cell's own interval over redraws of its images, as if cells were independent: they share seeds and images, so "
+        "it is an upper bound."
     )
 
 
@@ -36,12 +39,13 @@ def check_table(config: StudyConfig, analysis: Analysis, records: Sequence[CellR
         [
             label,
             interval_text(effect, effect.simultaneous),
+            ", ".join(figure(effect, value) for value in effect.by_seed),
             *([interval_text(effect, effect.paired) or NONE] if is_pooled else []),
             _of_images(effect, images_of(config, records, effect.metric)),
         ]
         for label, effect in shown.items()
     ]
-    head = ("comparison", "interval of the rule", *(["paired interval"] if is_pooled else []), "images")
+    head = ("comparison", "interval of the rule", "by seed", *(["paired interval"] if is_pooled else []), "images")
     return Table(head, rows, text_columns=len(head))
 
 
@@ -57,7 +61,7 @@ def _of_images(effect: Effect, images: str) -> str:
         if error is None:
             return holds
         size = f"{100 * error:.2g} %" if effect.scale == "ratio" else f"{error:.{METRICS[effect.metric].digits}f}"
-        return f"{holds}; other images would move it by {size} (standard error)"
+        return f"{holds}; other images would move it by up to {size} (standard error)"
     if error is None or not effect.error:
         return NONE
     share = (error / effect.error) ** 2

@@ -18,7 +18,9 @@ from .study_tables import (
     Table,
     claim_rows,
     effect_rows,
+    interaction_rows,
     lacking_text,
+    predictor_table,
     shown_metrics,
     summary_text,
 )
@@ -37,6 +39,7 @@ from .study_variant_tables import level_table
 VALUES = ("kid_mean", "fid", "rfid", "rfid_extrapolated", "psnr", "lpips")
 EFFECTS = ("kid_mean", "fid", "rfid")
 """Metrics of the summary's tables; the page has them all."""
+SHOWN_PREDICTORS, ADJUSTED = 5, 0.05
 
 
 def markdown(
@@ -65,6 +68,8 @@ def markdown(
         "Ratios, with 95 % intervals that are not corrected for their number; ×0.9 of KID, FID or rFID is 10 % lower, "
         "which is better. In bold: intervals that leave out no effect.",
         effect_table(analysis, [name for name in EFFECTS if name in there]),
+        *_with_heading("## Interactions", *_interactions(analysis, [name for name in EFFECTS if name in there])),
+        *_with_heading("## Does anything predict the samples?", *_predictors(analysis)),
         "## Protocol",
         _listed(protocol_lines(config, variants, setting)),
         analysis.rule,
@@ -116,6 +121,35 @@ def effect_table(analysis: Analysis, metrics: Sequence[str]) -> str:
 def _effect(cell: EffectCell) -> str:
     text = f"{cell.text} {cell.interval}".strip()
     return text if cell.better is None else f"**{text}**"
+
+
+def _interactions(analysis: Analysis, metrics: Sequence[str]) -> list[str]:
+    """Return what the interactions are, and a row for each."""
+    rows = [[label, *map(_effect, cells)] for label, cells in interaction_rows(analysis.interactions, metrics)]
+    if not rows:
+        return []
+    return [
+        "What two levels together do beyond what each does alone, as a ratio; 95 % each, exploratory.",
+        grid([["levels", *(OF_VARIANTS[name].label for name in metrics)], *rows]),
+    ]
+
+
+def _predictors(analysis: Analysis) -> list[str]:
+    """Return how many rank correlations there are, and the surest of them."""
+    deciding = [one for one in analysis.predictors if one.adjusted is not None]
+    found = sum(one.adjusted < ADJUSTED for one in deciding if one.adjusted is not None)
+    tables = [predictor_table(deciding[:SHOWN_PREDICTORS]), predictor_table(analysis.rfid_against_gfid)]
+    if not any(table.rows for table in tables):
+        return []
+    told = (
+        f"{found} of {len(deciding)} figures of the latent health report go with KID across variants with a corrected "
+        f"p-value below {ADJUSTED:g} (Spearman, Holm); below are the surest, and rFID. Exploratory: the page has all."
+    )
+    return [told, *(_plain_grid(table) for table in tables if table.rows)]
+
+
+def _with_heading(heading: str, *parts: str) -> list[str]:
+    return [heading, *parts] if parts else []
 
 
 def _plain_grid(table: Table) -> str:

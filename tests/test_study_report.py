@@ -27,7 +27,7 @@ from wavelatent.pipelines.study_analysis import analyse, power_in_words
 from wavelatent.pipelines.study_checks import check_table
 from wavelatent.pipelines.study_config import StudyConfig, StudyEvaluationConfig
 from wavelatent.pipelines.study_design import Variant, make_variants
-from wavelatent.pipelines.study_findings import Analysis
+from wavelatent.pipelines.study_findings import Analysis, Predictor
 from wavelatent.pipelines.study_markdown import markdown
 from wavelatent.pipelines.study_pictures import radial_power, read_cells, shown_variants, with_samples
 from wavelatent.pipelines.study_plots import Dots, scatter, styles
@@ -337,9 +337,16 @@ def test_it_can_be_passed_on(whole: Path) -> None:
 
 def test_the_summary_is_well_formed_markdown(tmp_path: Path) -> None:
     variants, records, analysis = made_up()
+    found = (
+        Predictor("spectrum.slope", "kid_mean", -0.9, 0.01, 0.04, 8),
+        Predictor("scale.std", "fid", 0.1, 1, None, 8),
+    )
+    analysis = dataclasses.replace(analysis, predictors=found)
     text = markdown(CONFIG, variants, records, analysis, SETTING)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(tables) == 5  # verdicts, what stands beside their intervals, values, levels, effects
+    assert len(tables) == 7  # verdicts, what is beside them, values, levels, effects, interactions, predictors
+    assert "1 of 1 figures of the latent health report go with KID" in text
+    assert "| spectrum: slope | KID | −0.90 | 0.010 | 0.040 | 8 |" in text
     for table in tables:
         rows = table.splitlines()
         assert set(rows[1]) == {"|", "-"}
@@ -456,7 +463,7 @@ def test_what_was_changed_after_the_first_start_is_not_called_fixed_before_the_r
 
 def test_checks_stand_beside_the_intervals_that_decide(whole: Path) -> None:
     variants, records, analysis = made_up()
-    found = {row[0]: row[1:] for row in rows(whole / "report.html") if len(row) == 4}
+    found = {row[0]: row[1:] for row in rows(whole / "report.html") if len(row) == 5}
     summary = (whole / "summary.md").read_text(encoding="utf-8")
     effects = {part.effect.metric: part.effect for claim in analysis.claims[:2] for part in claim.parts}
     names = {"kid_mean": "KID, channels 16 against 4", "rfid": "rFID, channels 16 against 4"}
@@ -465,11 +472,13 @@ def test_checks_stand_beside_the_intervals_that_decide(whole: Path) -> None:
         assert effect.simultaneous and effect.paired and effect.error and effect.image_error  # noqa: PT018
         bounds = [f"[{low:.3f}, {high:.3f}]" for low, high in (effect.simultaneous, effect.paired)]
         share = f"more samples would remove up to {100 * (effect.image_error / effect.error) ** 2:.0f} % of the square"
-        holds = "the interval holds for these 500 reconstructions; other images would move it by"
+        holds = "the interval holds for these 500 reconstructions; other images would move it by up to"
         said = f"{share} of its error" if metric == "kid_mean" else f"{holds} {100 * effect.image_error:.2g} %"
-        assert found[name][:2] == bounds
-        assert found[name][2].startswith(said)
-        assert f"| {name} | {' | '.join(bounds)} | {said}" in summary
+        seeds = ", ".join(f"×{value:.3f}" for value in effect.by_seed)
+        assert len(effect.by_seed) == 3
+        assert found[name][:3] == [bounds[0], seeds, bounds[1]]
+        assert found[name][3].startswith(said)
+        assert f"| {name} | {bounds[0]} | {seeds} | {bounds[1]} | {said}" in summary
     assert len([row for row in summary.splitlines() if "of its error |" in row or "for these 500" in row]) == 4
     for text in both(whole):
         assert power_in_words(CONFIG, variants) in text
@@ -485,7 +494,7 @@ def test_under_a_paired_rule_its_own_interval_is_not_shown_again() -> None:
     config = CONFIG.model_copy(update={"rule": CONFIG.rule.model_copy(update={"spread": "paired"})})
     variants, records, _ = made_up()
     table = check_table(config, analyse(config, variants, records), records)
-    assert table.head == ("comparison", "interval of the rule", "images")
+    assert table.head == ("comparison", "interval of the rule", "by seed", "images")
     assert len(table.rows) == 4
 
 
