@@ -86,10 +86,10 @@ def study(
 
     Returns:
         ``{"study", "cells": [{"variant", "seed", "state", "autoencoder", "diffusion"}], "complete": bool}``, where
-        ``state`` is ``new``, ``started``, ``trained``, ``finished`` or ``failed``. After a dry run also ``estimate``
-        and ``power``, what the study can find, and of each cell ``shares_with``, the variants with the same
-        autoencoder; where there are results also their paths ``results``, ``summary`` and ``report``, and ``claims``,
-        the verdict by name.
+        ``state`` is ``new``, ``started``, ``trained``, ``finished`` or ``failed``. After a dry run also ``config``,
+        resolved, ``estimate`` and ``power``, what the study can find, and of each cell ``shares_with``, the variants
+        with the same autoencoder; where there are results also their paths ``results``, ``summary`` and ``report``, and
+        ``claims``, the verdict by name.
 
     Raises:
         UsageError: the configuration is at fault, there is no data, or the data cannot serve.
@@ -339,6 +339,7 @@ def _dry_run(plan: Plan, shard: tuple[int, int]) -> dict[str, Any]:
     listed = [{**cell, "shares_with": _sharing(cell, plan.listed(mine))} for cell in plan.listed(mine)]
     return {
         **_summary(plan, listed),
+        "config": public_config(plan.config),
         "estimate": estimate(tasks_of(mine), plan.bench, plan.networks).as_dict(),
         "power": power_in_words(plan.config, plan.variants),
     }

@@ -33,7 +33,11 @@ def verdict_line(
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     finished = sum(record.failed is None for record in records)
     return (
-        (f"Of {len(analysis.claims)} claims {told} {AT_THIS_SCALE}" if told else "No claim was made")
+        (
+            f"Of {len(analysis.claims)} claim{'s' * (len(analysis.claims) > 1)} {told} {AT_THIS_SCALE}"
+            if told
+            else "No claim was made"
+        )
         + f": {len(variants)} variants, {len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}, "
         f"{finished} of {len(variants) * len(config.seeds)} cells, {config.evaluation.num_samples:,} samples of each."
     )

@@ -1,6 +1,7 @@
 """``study`` from end to end with real trainings of two steps: what is shared, goes on, is left alone and is written."""
 
 import json
+import shutil
 import sys
 from itertools import count
 from pathlib import Path
@@ -8,18 +9,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from html_page import parse
 from tiny_study import stand_in_for_networks, tiny_config
 
 import cli
 from wavelatent.common.errors import Stopped
 from wavelatent.common.runtime import RuntimeOptions, StopRequest
-from wavelatent.pipelines import study_cells
+from wavelatent.pipelines import study_cells, study_report
 from wavelatent.pipelines.study import describe, study
 
 CPU = RuntimeOptions(device="cpu")
 STEPS_BEFORE_THE_STOP = 3
 """Both of the first autoencoder, and one of the first denoiser."""
-MEASURED = ("autoencoder", "reconstruction", "health", "diffusion", "generation")
+MEASURED = ("autoencoder", "reconstruction", "health", "encoding", "diffusion", "generation")
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -138,6 +140,30 @@ def test_the_results_say_what_all_cells_share_and_no_path(finished):
     assert all(cell["cost"][f"{part}_seconds"] > 0 for part in MEASURED)
     assert set(finished.result["claims"]) == {"whitening"}
     assert "the report is" in describe(finished.result)
+
+
+def test_the_report_of_a_study_that_moved_shows_all_that_its_folders_hold(finished, tmp_path, monkeypatch):
+    """As after copying it from another machine: nothing of it is looked for where it was made."""
+    stand_in_for_networks(monkeypatch, tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, study_report.__name__, study_report)
+    shutil.copytree(finished.root / "out", tmp_path / "moved")
+    away = finished.root / "away"
+    (finished.root / "out").rename(away)
+    try:
+        result = study(tiny_config(), out=tmp_path / "moved", options=CPU, report_only=True)
+    finally:
+        away.rename(finished.root / "out")
+    page = parse(Path(result["report"]))
+    alts = [image["alt"] or "" for image in page.images]
+    for shown in ("sampled from plain", "sampled from unwhitened", "encoded and decoded by plain", "Histograms"):
+        assert [alt for alt in alts if shown in alt], shown
+    assert [alt for alt in alts if alt.startswith("Training loss over step")]
+    assert "are not here" not in page.text
+    assert "no histograms" not in page.text
+    for written in ("report", "summary", "results"):
+        text = Path(result[written]).read_text(encoding="utf-8")
+        assert str(tmp_path) not in text
+        assert str(finished.root) not in text
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,7 @@ def test_a_dry_run_lists_and_estimates_and_writes_nothing(out, steps, monkeypatc
     assert [cell["shares_with"] for cell in new["cells"]] == [["unwhitened"], ["plain"]] * 2
     assert "(autoencoder shared with plain)" in describe(new)
     assert new["power"] in describe(new)
+    assert new["config"]["autoencoder"]["train"]["steps"] == 2
     seconds = new["estimate"]["seconds"]
     assert seconds["autoencoder: train"] == 2 * 2 * 0.5
     assert seconds["diffusion: train"] == 4 * 2 * 0.25

@@ -4,10 +4,11 @@
     cells.py lay-out OUT PHOTOGRAPHS
 
 The first copies finished cells into ``cells/``, beside this script; the second copies that into OUT, where the same
-study takes them as finished. Kept are texts and the few samples that the report shows: configurations, logs,
-measurements, health reports and the manifests of latent caches, but no weights, latents or photographs. An autoencoder
-is kept once all of its cells are finished: without its weights no other could be trained on it. OUT and PHOTOGRAPHS,
-the folder of train/ and val/, stand in the files by name in place of their paths.
+study takes them as finished. Kept are texts and the few samples that the report shows: the study's configuration and
+when it was first started, and of the cells configurations, logs, measurements, health reports and the manifests of
+latent caches, but no weights, latents or photographs. An autoencoder is kept once all of its cells are finished:
+without its weights no other could be trained on it. OUT and PHOTOGRAPHS, the folder of train/ and val/, stand in the
+files by name in place of their paths.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent / "cells"
+OF_THE_STUDY = ("config*.yaml", "first-start.json")
 OF_A_RUN = (
     "config.yaml",
     "environment.json",
@@ -26,6 +28,7 @@ OF_A_RUN = (
     "metrics.jsonl",
     "status.json",
     "failure.json",
+    "encoding.json",
     "evaluation-*/metrics.json",
     "health/health.json",
     "model/config.json",
@@ -36,17 +39,20 @@ OF_A_CACHE = ("manifest.json",)
 
 def keep(out: Path, photographs: Path, cells: list[dict[str, str]]) -> None:
     """Copy what is to be kept, of the cells whose autoencoder no unfinished one needs."""
+    paths = {str(out): "OUT", str(photographs): "PHOTOGRAPHS", str(photographs.resolve()): "PHOTOGRAPHS"}
+    for file in (found for pattern in OF_THE_STUDY for found in out.glob(pattern)):
+        copy(file, HERE / file.name, paths)
     needed = {cell["autoencoder"] for cell in cells if cell["state"] not in ("finished", "failed")}
     kept = [cell for cell in cells if cell["autoencoder"] not in needed]
     for cell in kept:
         for file in files_of(cell, out):
-            copy(file, HERE / file.relative_to(out), {str(out): "OUT", str(photographs): "PHOTOGRAPHS"})
+            copy(file, HERE / file.relative_to(out), paths)
     print(f"{len(kept)} of {len(cells)} cells are kept")
 
 
 def files_of(cell: dict[str, str], out: Path) -> Iterator[Path]:
     """Yield the files of a cell; those of an autoencoder that several have, for each of them."""
-    latents = cell["autoencoder"].replace("autoencoders/", "latents/", 1)
+    latents = cell["autoencoder"].replace("autoencoders/", "latents/", 1)  # as the presets have the mirror images too
     for folder, patterns in ((cell["autoencoder"], OF_A_RUN), (latents, OF_A_CACHE), (cell["diffusion"], OF_A_RUN)):
         for pattern in patterns:
             yield from (out / folder).glob(pattern)
@@ -68,12 +74,17 @@ def copy(source: Path, to: Path, paths: dict[str, str]) -> None:
     for path, name in paths.items():
         for before, after in (('"', "/"), ('"', '"'), (": ", "/")):  # in JSON, and in YAML
             text = text.replace(f"{before}{path}{after}", f"{before}{name}{after}")
+    if source.name == "environment.json":
+        content = json.loads(text)
+        for session in (content, *content.get("resumed", [])):
+            session["command_line"][0] = Path(session["command_line"][0]).name
+        text = json.dumps(content, indent=2) + "\n"
     to.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
     what, *folders = sys.argv[1:]
-    places = tuple(Path(folder).resolve() for folder in folders)
+    places = (Path(folders[0]).resolve(), Path(folders[1]))  # the photographs as the study was given them
     if what == "keep":
         keep(*places, json.load(sys.stdin)["cells"])
     else:
