@@ -23,12 +23,13 @@ LABELS = {"loss/denoising": "denoising loss", "validation/loss": "validation los
 
 def main(out: Path, to: Path = HERE) -> None:
     """Write the three files into the folder ``to``."""
-    runs = [read_run(folder) for folder in sorted(out.glob("*-*")) if (folder / "unet" / "metrics.jsonl").is_file()]
-    if not runs:
+    runs = [read_run(folder) for folder in sorted(out.glob("*-*")) if (folder / "ae" / "metrics.jsonl").is_file()]
+    whole = [run for run in runs if run["diffusion"]]
+    if not whole:
         sys.exit(f"{out}: pilot.sh has not come to a second stage there yet")
     (to / "pilot.json").write_text(json.dumps(runs, indent=1) + "\n")
-    (to / "pilot.md").write_text("\n\n".join([reconstructions(runs), *map(progress, runs)]) + "\n")
-    draw(runs, to / "pilot.png")
+    (to / "pilot.md").write_text("\n\n".join([reconstructions(runs), *map(progress, whole)]) + "\n")
+    draw(whole, to / "pilot.png")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -50,6 +51,8 @@ def curve(run: Path, names: tuple[str, ...]) -> list[dict[str, float]]:
     ``minutes`` are wall time, that of measuring and saving left out where the log has the speed of training proper.
     """
     points, minutes, images = [], 0.0, 0
+    if not (run / "metrics.jsonl").is_file():
+        return []
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         if "images_per_second" in line:
             minutes += (line["images"] - images) / line["images_per_second"] / 60
