@@ -34,7 +34,6 @@ OF_A_RUN = (
     "model/config.json",
     "samples-shown/*",
 )
-OF_A_CACHE = ("manifest.json",)
 
 
 def keep(out: Path, photographs: Path, cells: list[dict[str, str]]) -> None:
@@ -52,10 +51,10 @@ def keep(out: Path, photographs: Path, cells: list[dict[str, str]]) -> None:
 
 def files_of(cell: dict[str, str], out: Path) -> Iterator[Path]:
     """Yield the files of a cell; those of an autoencoder that several have, for each of them."""
-    latents = cell["autoencoder"].replace("autoencoders/", "latents/", 1)  # as the presets have the mirror images too
-    for folder, patterns in ((cell["autoencoder"], OF_A_RUN), (latents, OF_A_CACHE), (cell["diffusion"], OF_A_RUN)):
-        for pattern in patterns:
+    for folder in (cell["autoencoder"], cell["diffusion"]):
+        for pattern in OF_A_RUN:
             yield from (out / folder).glob(pattern)
+    yield from (out / "latents").glob(f"{Path(cell['autoencoder']).name}*/manifest.json")
 
 
 def lay_out(out: Path, photographs: Path) -> None:
