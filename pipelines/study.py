@@ -3,7 +3,7 @@
 ::
 
     OUT/config.yaml                        the resolved configuration; config.1.yaml, ... those before that differ
-    OUT/first-start.json                   when the first of them was written
+    OUT/first-start-TIME.json              when the first of them was written; several where shards were copied together
     OUT/data/train, validation             the images at data.size, where the configuration asks for one
     OUT/autoencoders, latents, diffusions  the cells, see :mod:`.study_cells`
     OUT/results.json                       configuration, a record per cell, analysis, and what all cells share
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RESULTS, SUMMARY, PAGE, CONFIG = "results.json", "summary.md", "report.html", "config.yaml"
-FIRST_START = "first-start.json"
+FIRST_START = "first-start-{}.json"
 FORMAT = 1
 """Of ``results.json``; rises when a reader of it would have to change."""
 
@@ -207,8 +207,9 @@ def _begin(config: StudyConfig, out: Path, stop: StopRequest) -> None:
 def _keep_config(config: StudyConfig, out: Path) -> None:
     """Write ``config.yaml``. One that differs is kept, numbered: what is decided beforehand must stay known."""
     file, text = out / CONFIG, dump_yaml(config)
-    if not (out / FIRST_START).is_file():
-        write_json(out / FIRST_START, {"started": utc_now()})
+    if not _first_starts(out):
+        now = utc_now()
+        write_json(out / FIRST_START.format(now.replace(":", "")), {"started": now})
     if file.is_file() and file.read_text(encoding="utf-8") == text:
         return
     if file.is_file():
@@ -230,12 +231,17 @@ def _changed_since(config: StudyConfig, out: Path) -> list[str]:
     return [name for name in now if name != "data" and first.get(name) != now[name]]
 
 
+def _first_starts(out: Path) -> list[str]:
+    """Return when a first configuration was written, on each machine whose folder was copied here."""
+    return sorted(read_json(file)["started"] for file in out.glob(FIRST_START.format("*")))
+
+
 def _begun_before(out: Path, plan: Plan) -> list[str]:
     """Return the folders whose training began before the first configuration lay in ``out``: they came from elsewhere.
 
     Of such nothing says that claims and rule were fixed beforehand.
     """
-    first = read_json(out / FIRST_START).get("started", "")
+    first = _first_starts(out)[0]
     folders = {task.folder for cell in plan.cells for task in (cell.autoencoder, cell.diffusion)}
     begun = {folder: read_json(folder / "environment.json").get("started", first) for folder in folders}
     return sorted(folder.relative_to(out).as_posix() for folder, when in begun.items() if when < first)

@@ -340,6 +340,8 @@ def test_cells_that_were_begun_before_the_folder_had_a_configuration_are_counted
     assert counted() == []
     environment.write_text(json.dumps({"started": "2020-01-01T00:00:00Z"}))
     assert counted() == [cell["diffusion"]]
+    (out / "first-start-a-machine.json").write_text(json.dumps({"started": "2019-12-31T23:59:59Z"}))
+    assert counted() == []  # a shard that was copied here brought its own
 
 
 def test_a_report_says_by_what_cells_are_found(out):
