@@ -505,6 +505,7 @@ class TestPredictors:
         one, other, wide = figures(2, smooth=False), figures(2, smooth=True), figures(6, smooth=True)
         same = {name for name in one if name in other and one[name] == pytest.approx(other[name], rel=1e-9, abs=1e-12)}
         of_the_shape = {name for name in same if wide[name] != pytest.approx(one[name])}
+        assert not [name for name in one if name.endswith(".seconds")], "which are the machine's"
         counts = {"posterior.active_units"}  # all of them are active here
         assert of_the_shape - counts == OF_THE_SHAPE | {SIZE}
 

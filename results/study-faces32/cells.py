@@ -82,6 +82,8 @@ def copy(source: Path, to: Path, paths: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[1] not in ("keep", "lay-out"):
+        sys.exit(__doc__)
     what, *folders = sys.argv[1:]
     places = (Path(folders[0]).resolve(), Path(folders[1]))  # the photographs as the study was given them
     if what == "keep":
