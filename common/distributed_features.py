@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache as cache_calls
 from functools import partial
@@ -22,7 +23,7 @@ from .errors import WavelatentError
 from .feature_store import FeatureStore
 from .images import ImageData, read_batch, to_uint8
 from .reference_cache import PART, FeatureNetwork, ReferenceCache
-from .reference_features import Reference, choose_images, stoppable
+from .reference_features import Reference, check, choose_images, stoppable
 from .runtime import StopRequest
 
 if TYPE_CHECKING:
@@ -245,8 +246,8 @@ def shared_reference(
 ) -> Reference:
     """Return the features of the first ``count`` images in the order of ``cache``, the same in every process.
 
-    What the main process finds in ``cache`` counts, and it alone writes there, part by part. ``open_images`` is called,
-    in every process, only where something is missing.
+    What the main process finds in ``cache`` counts, and it alone writes there, part by part; they are shared with
+    whoever else extracts the same at once. ``open_images`` is called, in every process, only where a part is missing.
 
     Raises:
         WavelatentError: in every process, where one of them failed.
@@ -276,8 +277,12 @@ def shared_reference(
         in_agreement(accelerator, lambda: cache.store(part, whole) if accelerator.is_main_process else None)
         return whole
 
+    parts = range(math.ceil(count / PART))
+    with closing(cache.claim(parts, lambda: check(stop))) as claimed:
+        while (part := by_main(accelerator, lambda: next(claimed, None))) is not None:
+            rows(part)
     with FeatureStore(extractor.dim) as store:
-        for part in range(math.ceil(count / PART)):
+        for part in parts:
             found = rows(part)
             in_agreement(accelerator, partial(store.append, found, range(len(store), len(store) + len(found))))
         return in_agreement(accelerator, lambda: Reference.of(store, cache.identity["data"]))

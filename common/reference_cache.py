@@ -1,13 +1,14 @@
 """The features of reference images on disk: extracted once per content, network and order, by whoever needs them first.
 
 Rows are kept in files of :data:`PART`; each may hold only its first rows. Files are written whole or not at all, so any
-number of processes may read and write at once: where two extract the same rows, time is lost and nothing else.
+number of processes may read and write at once. Those that need the same rows at once share the parts among them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .claims import claim, try_lock
 from .files import write_atomically
 from .metric_weights import cache_folder
 
@@ -51,6 +53,21 @@ class ReferenceCache:
         self.seed, self.dim = seed, network.dim
         fingerprint = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         self.folder = cache_folder() / "reference-features" / fingerprint[:32]
+
+    def claim(self, parts: Iterable[int], check: Callable[[], None]) -> Generator[int, None, None]:
+        """Yield every part once, by :func:`.claims.claim`; what of it is there by then need not be extracted.
+
+        None, where the cache cannot be written or knows no locks: nothing can be shared by it.
+        """
+        if self._can_lock():
+            yield from claim(parts, lambda part: self.folder / f".part-{part:05d}.lock", check)
+
+    def _can_lock(self) -> bool:
+        try:
+            with try_lock(self.folder / ".lock"):
+                return True
+        except (OSError, NotImplementedError):
+            return False
 
     def load(self, part: int) -> Tensor:
         """Return the rows of part ``part`` that are there, ``[n, dim]`` with ``0 <= n <= PART``."""

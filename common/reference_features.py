@@ -9,6 +9,7 @@ the number of images.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -69,10 +70,15 @@ def stoppable(batches: Iterable[T], stop: StopRequest | None) -> Iterator[T]:
     """Yield ``batches``; raise :class:`Stopped` when one has been used and ``stop`` asks for it."""
     for batch in batches:
         yield batch
-        if stop is not None and stop.reason:
-            raise Stopped(
-                f"evaluate stopped by {stop.reason}; what is known of the reference is kept: run the same command again"
-            )
+        check(stop)
+
+
+def check(stop: StopRequest | None) -> None:
+    """Raise :class:`Stopped` where ``stop`` asks for it."""
+    if stop is not None and stop.reason:
+        raise Stopped(
+            f"evaluate stopped by {stop.reason}; what is known of the reference is kept: run the same command again"
+        )
 
 
 def reference_features(
@@ -86,20 +92,30 @@ def reference_features(
 ) -> Reference:
     """Return the features of the first ``num`` images of ``data`` in the order of ``seed``, from the cache if there.
 
+    Processes that extract the same at once share the work.
+
     Raises:
         UsageError: there are not so many.
         Stopped: ``stop`` asks for it; what has been extracted is kept, as after any other end.
     """
     cache = ReferenceCache(data.fingerprint(), extractor, seed)
     indices = choose_images(len(data), num, seed)
+    parts = [indices[start : start + PART] for start in range(0, len(indices), PART)]
     with (
         FeatureStore(extractor.dim) as store,
         tqdm(total=len(indices), desc=f"{extractor.name}, reference", unit="img", leave=False) as progress,
     ):
-        for number, start in enumerate(range(0, len(indices), PART)):
-            wanted = indices[start : start + PART]
-            features = _part(cache, number, data, extractor, wanted, batch_size, progress, stop)
-            store.append(features, range(start, start + len(features)))
+
+        def part(number: int) -> Tensor:
+            return _part(cache, number, data, extractor, parts[number], batch_size, progress, stop)
+
+        with closing(cache.claim(range(len(parts)), lambda: check(stop))) as claimed:
+            for number in claimed:
+                part(number)
+        for number in range(len(parts)):
+            features = part(number)
+            store.append(features, range(len(store), len(store) + len(features)))
+            progress.update(max(0, len(store) - progress.n))  # what others have extracted
         return Reference.of(store, data.fingerprint())
 
 
@@ -114,7 +130,6 @@ def _part(
     stop: StopRequest | None,
 ) -> Tensor:
     features = cache.load(number)[: len(indices)]
-    progress.update(len(features))
     if len(features) == len(indices):
         return features
     rows = [features]

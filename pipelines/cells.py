@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
+from ..common import claims
 from ..common.config import merge, validate
 from ..common.errors import Diverged, Stopped, UsageError
 from ..common.files import write_atomically
@@ -27,7 +25,6 @@ from .report_runs import read_json
 
 C = TypeVar("C", bound=BaseModel)
 
-POLL_SECONDS = 2.0
 NOT_IN_RESULT = MAY_CHANGE - {"train.steps"}
 """Settings that change when and what a run shows, and nothing that it computes: they do not name a cell."""
 FAILURE = "failure.json"
@@ -134,45 +131,17 @@ def work_through(cells: Iterable[K], work: Callable[[K], None], stop: StopReques
 def claim(
     cells: Iterable[K], stop: StopRequest, is_ready: Callable[[K], bool] = lambda cell: True
 ) -> Generator[K, None, None]:
-    """Yield every cell once, holding its lock until the next: processes with the same root share the work.
+    """Yield every cell once, by :func:`..common.claims.claim`: processes with the same root share the work.
 
-    A cell that another process holds, or that is not yet ready, is left for the end, and then waited for. Raises
-    :class:`Stopped` when ``stop`` asks for it, between cells or while waiting.
+    Raises :class:`Stopped` when ``stop`` asks for it, between cells or while waiting.
     """
-    waiting = list(cells)
-    while waiting:
-        left = []
-        for cell in waiting:
-            _check(stop)
-            if not is_ready(cell):
-                left.append(cell)
-                continue
-            with _try_lock(cell.folder) as locked:
-                if locked:
-                    yield cell
-                else:
-                    left.append(cell)
-        if len(left) == len(waiting):
-            time.sleep(POLL_SECONDS)
-        waiting = left
+    return claims.claim(cells, _lock_of, lambda: _check(stop), is_ready)
+
+
+def _lock_of(cell: Cell[Any]) -> Path:
+    return cell.folder.with_name(f".{cell.folder.name}.lock")
 
 
 def _check(stop: StopRequest) -> None:
     if stop.reason:
         raise Stopped(f"stopped by {stop.reason}; finished cells are kept: run the same command again")
-
-
-@contextmanager
-def _try_lock(folder: Path) -> Iterator[bool]:
-    """Give the block whether it holds the lock of ``folder``. Another thread may end the block."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()

@@ -13,14 +13,13 @@ from filelock import FileLock
 from scipy import stats
 from torch import Tensor
 
-from wavelatent.common import reference_cache
+from wavelatent.common import claims, reference_cache
 from wavelatent.common.config import load_config, preset_names
 from wavelatent.common.errors import Diverged, Stopped, UsageError
 from wavelatent.common.evaluation import Result
 from wavelatent.common.metric_weights import MissingWeightsError
 from wavelatent.common.runtime import RuntimeOptions, StopRequest
 from wavelatent.pipelines import ablate as ablate_module
-from wavelatent.pipelines import cells as cells_module
 from wavelatent.pipelines import evaluate, evaluation_inputs
 from wavelatent.pipelines.ablate import ablate, describe
 from wavelatent.pipelines.ablate_config import AblationConfig
@@ -302,7 +301,7 @@ def test_cells_come_seed_by_seed_each_with_its_own_seed(tmp_path):
 
 
 def test_a_cell_that_another_process_holds_is_left_for_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(cells_module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(claims, "POLL_SECONDS", 0.01)
     cells = [Cell(name, 0, AutoencoderRunConfig(), tmp_path / name) for name in "abc"]
     other, done = FileLock(tmp_path / ".a.lock", thread_local=False), []
     other.acquire()

@@ -1,6 +1,7 @@
 """``evaluate`` and what it rests on, with a six-number stand-in for Inception; one test uses the real network."""
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -14,13 +15,14 @@ from PIL import Image
 from tiny_evaluation import HalfSize, TinyInception
 from torch import Tensor
 
-from wavelatent.common import reference_cache, reference_features
+from wavelatent.common import claims, reference_cache, reference_features
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
 from wavelatent.common.evaluation import Result
 from wavelatent.common.feature_distances import FeatureStatistics, frechet_distance
 from wavelatent.common.image_metrics import psnr, ssim
 from wavelatent.common.images import open_data
 from wavelatent.common.metric_weights import MissingWeightsError
+from wavelatent.common.runtime import StopRequest
 from wavelatent.pipelines import evaluate, reconstructions
 from wavelatent.pipelines.evaluate import evaluate_generation, evaluate_reconstruction
 from wavelatent.pipelines.sample_images import SampleOptions
@@ -142,6 +144,79 @@ def test_a_stopped_reference_goes_on_where_it_was(data, monkeypatch):
     order = reference_features.choose_images(COUNT, None, seed=0)
     torch.testing.assert_close(reference.features, TinyInception()(_pixels(data)[order]))
     torch.testing.assert_close(reference.statistics.mean, reference.features.double().mean(dim=0))
+
+
+def test_two_that_need_one_reference_at_once_share_it(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(reference_features, "PART", 4)
+    monkeypatch.setattr(claims, "POLL_SECONDS", 0.01)
+    fork = multiprocessing.get_context("fork")
+    both_extract = fork.Barrier(2)
+
+    class Waits(TinyInception):
+        def __call__(self, images: Tensor) -> Tensor:
+            if not TinyInception.images_seen:
+                both_extract.wait(timeout=60)
+            return super().__call__(images)
+
+    def extract(number: int) -> None:
+        reference = reference_features.reference_features(open_data(str(data)), Waits(), batch_size=2)
+        torch.save((TinyInception.images_seen, reference.features.clone()), tmp_path / f"{number}.pt")
+
+    TinyInception.images_seen = 0
+    processes = [fork.Process(target=extract, args=(number,)) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    (seen, features), (seen_by_other, same) = (torch.load(tmp_path / f"{number}.pt") for number in range(2))
+    assert seen + seen_by_other == COUNT, "nobody does another's work"
+    assert min(seen, seen_by_other) > 0
+    torch.testing.assert_close(
+        features, TinyInception()(_pixels(data)[reference_features.choose_images(COUNT, None, 0)])
+    )
+    assert torch.equal(features, same)
+
+
+def test_what_another_leaves_undone_of_the_reference_is_done_here(data, monkeypatch):
+    monkeypatch.setattr(reference_features, "PART", 4)
+    images = open_data(str(data))
+    cache = reference_cache.ReferenceCache(images.fingerprint(), TinyInception())
+    held = cache.claim([1], lambda: None)
+    assert next(held) == 1
+    kept_when_it_stopped = TinyInception()(_pixels(data)[reference_features.choose_images(COUNT, 5, 0)[4:]])
+
+    def stops(seconds: float) -> None:
+        cache.store(1, kept_when_it_stopped)
+        held.close()
+
+    monkeypatch.setattr(claims.time, "sleep", stops)
+    TinyInception.images_seen = 0
+    reference = reference_features.reference_features(images, TinyInception(), batch_size=2)
+    assert TinyInception.images_seen == COUNT - 1
+    order = reference_features.choose_images(COUNT, None, seed=0)
+    torch.testing.assert_close(reference.features, TinyInception()(_pixels(data)[order]))
+
+
+def test_waiting_for_anothers_part_of_the_reference_can_be_stopped(data, monkeypatch):
+    images = open_data(str(data))
+    held = reference_cache.ReferenceCache(images.fingerprint(), TinyInception()).claim([0], lambda: None)
+    next(held)
+    monkeypatch.setattr(claims.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
+    with StopRequest() as stop, pytest.raises(Stopped, match="stopped by SIGTERM"):
+        reference_features.reference_features(images, TinyInception(), stop=stop)
+    held.close()
+
+
+@pytest.mark.parametrize("error", [PermissionError, NotImplementedError])
+def test_a_cache_without_locks_costs_no_image_twice(data, monkeypatch, error):
+    def cannot(*_: object, **__: object) -> None:
+        raise error("no locks here")
+
+    monkeypatch.setattr(claims.FileLock, "acquire", cannot)
+    TinyInception.images_seen = 0
+    reference_features.reference_features(open_data(str(data)), TinyInception(), batch_size=2)
+    assert TinyInception.images_seen == COUNT
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)

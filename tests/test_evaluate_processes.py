@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from accelerate.state import AcceleratorState, PartialState
 from tiny_evaluation import COUNT, HalfSize, TinyInception, pixels, write_folder
 from torch import Tensor
 
-from wavelatent.common import distributed_features, reference_cache
+from wavelatent.common import claims, distributed_features, reference_cache
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
 from wavelatent.common.evaluation import Result
+from wavelatent.common.images import open_data, read_batch, to_uint8
 from wavelatent.common.metric_weights import MissingWeightsError
+from wavelatent.common.reference_features import choose_images
 from wavelatent.pipelines import evaluate
 from wavelatent.pipelines.evaluate import evaluate_generation, evaluate_reconstruction
 from wavelatent.pipelines.evaluation_inputs import open_reference
@@ -90,6 +93,30 @@ def test_generation_is_shared_and_every_process_returns_the_result(processes, da
     assert all(found == several[0] for found in several)
     assert_same(one, several[0])
     assert json.loads((samples / "metrics.json").read_text()) == several[0]
+
+
+def test_a_part_of_the_reference_that_another_command_is_at_is_waited_for(data, tmp_path, monkeypatch):
+    images = open_data(str(data))
+    cache = reference_cache.ReferenceCache(images.fingerprint(), TinyInception())
+    order = choose_images(COUNT, None, seed=0)
+
+    def measure() -> Result:
+        held = cache.claim([0], lambda: None)
+        if PartialState(cpu=True).is_main_process:
+            next(held)
+
+        def ends(seconds: float) -> None:
+            cache.store(0, TinyInception()(to_uint8(read_batch(images, order[:6]).images)))
+            TinyInception.images_seen -= 6
+            held.close()
+
+        monkeypatch.setattr(claims, "time", SimpleNamespace(sleep=ends))
+        return evaluate_reconstruction("half", str(data), device="cpu")
+
+    several = together(2, measure, tmp_path)
+    assert sum(found["images_seen"] for found in several) == 2 * COUNT - 6
+    one = evaluate_reconstruction("half", str(data), device="cpu").to_dict()
+    assert_same(one, several[0])
 
 
 def test_reconstruction_is_shared_and_no_image_counts_twice(data, tmp_path):

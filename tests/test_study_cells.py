@@ -14,9 +14,9 @@ from accelerate.state import AcceleratorState, PartialState
 from filelock import FileLock
 from tiny_study import Steps, stand_in_for_networks, tiny_config
 
+from wavelatent.common import claims
 from wavelatent.common.errors import Diverged, Stopped, UsageError, WavelatentError
 from wavelatent.common.runtime import RuntimeOptions, utc_now
-from wavelatent.pipelines import cells as cells_module
 from wavelatent.pipelines import study as study_module
 from wavelatent.pipelines import study_estimate
 from wavelatent.pipelines.study import describe, study
@@ -43,7 +43,7 @@ def networks() -> Networks:
 def steps(monkeypatch, tmp_path) -> Steps:
     stand_in_for_networks(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(study_module, "networks_of", lambda variant, size, classes: networks())
-    monkeypatch.setattr(cells_module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(claims, "POLL_SECONDS", 0.01)
     return Steps(monkeypatch)
 
 
@@ -161,7 +161,7 @@ def test_an_autoencoder_that_another_process_holds_is_waited_for_when_nothing_el
         done_by_then.extend(steps.done)
         lock.release()
 
-    monkeypatch.setattr(cells_module.time, "sleep", release)
+    monkeypatch.setattr(claims.time, "sleep", release)
     steps.done.clear()
     assert run(out)["complete"]
     assert done_by_then == [f"{step} seed1" for step in [*AUTOENCODER, *DIFFUSION, *DIFFUSION]]

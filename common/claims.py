@@ -1,0 +1,69 @@
+"""Work that processes share which know nothing of each other: each piece is done by whoever holds its lock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+
+T = TypeVar("T")
+
+POLL_SECONDS = 2.0
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Give the block whether it holds the lock of the file ``path``, whose folder is created.
+
+    Another thread may end the block. Raises OSError or NotImplementedError where there can be no lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def claim(
+    pieces: Iterable[T],
+    lock: Callable[[T], Path],
+    check: Callable[[], None],
+    is_ready: Callable[[T], bool] = lambda piece: True,
+) -> Generator[T, None, None]:
+    """Yield every piece once, holding its lock until the next: processes that claim the same pieces share the work.
+
+    A piece that another process holds, or that is not yet ready, is left for the end, and then waited for: whoever gets
+    it then is to see for itself what is left of it to be done.
+
+    Args:
+        pieces: in the order in which they are wanted.
+        lock: the file that is locked for a piece. Locks end with their process.
+        check: called before every piece and while waiting, to raise what is to end the work.
+        is_ready: whether a piece can be begun.
+    """
+    waiting = list(pieces)
+    while waiting:
+        left = []
+        for piece in waiting:
+            check()
+            if not is_ready(piece):
+                left.append(piece)
+                continue
+            with try_lock(lock(piece)) as locked:
+                if locked:
+                    yield piece
+                else:
+                    left.append(piece)
+        if len(left) == len(waiting):
+            time.sleep(POLL_SECONDS)
+        waiting = left
