@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -43,7 +45,7 @@ def claim(
     """Yield every piece once, holding its lock until the next: processes that claim the same pieces share the work.
 
     A piece that another process holds, or that is not yet ready, is left for the end, and then waited for: whoever gets
-    it then is to see for itself what is left of it to be done.
+    it then is to see for itself what is left of it to be done. That it waits it says once, on stderr.
 
     Args:
         pieces: in the order in which they are wanted.
@@ -51,7 +53,7 @@ def claim(
         check: called before every piece and while waiting, to raise what is to end the work.
         is_ready: whether a piece can be begun.
     """
-    waiting = list(pieces)
+    waiting, said = list(pieces), False
     while waiting:
         left = []
         for piece in waiting:
@@ -65,5 +67,8 @@ def claim(
                 else:
                     left.append(piece)
         if len(left) == len(waiting):
+            if not said:
+                tqdm.write("waiting for another process, which is at work on what is left", file=sys.stderr)
+                said = True
             time.sleep(POLL_SECONDS)
         waiting = left

@@ -23,7 +23,7 @@ from .errors import WavelatentError
 from .feature_store import FeatureStore
 from .images import ImageData, read_batch, to_uint8
 from .reference_cache import PART, FeatureNetwork, ReferenceCache
-from .reference_features import Reference, check, choose_images, stoppable
+from .reference_features import Reference, choose_images, raise_if_stopped, stoppable
 from .runtime import StopRequest
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def shared_reference(
         return whole
 
     parts = range(math.ceil(count / PART))
-    with closing(cache.claim(parts, lambda: check(stop))) as claimed:
+    with closing(cache.claim(parts, lambda: raise_if_stopped(stop))) as claimed:
         while (part := by_main(accelerator, lambda: next(claimed, None))) is not None:
             rows(part)
     with FeatureStore(extractor.dim) as store:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -57,10 +57,16 @@ class ReferenceCache:
     def claim(self, parts: Iterable[int], check: Callable[[], None]) -> Generator[int, None, None]:
         """Yield every part once, by :func:`.claims.claim`; what of it is there by then need not be extracted.
 
-        None, where the cache cannot be written or knows no locks: nothing can be shared by it.
+        None, where the cache cannot be written or knows no locks, and no more after one that could not be stored, as on
+        a full disk: nothing can be shared by it then.
         """
-        if self._can_lock():
-            yield from claim(parts, lambda part: self.folder / f".part-{part:05d}.lock", check)
+        if not self._can_lock():
+            return
+        with closing(claim(parts, lambda part: self.folder / f".part-{part:05d}.lock", check)) as claimed:
+            for part in claimed:
+                yield part
+                if not self._path(part).is_file():
+                    return
 
     def _can_lock(self) -> bool:
         try:

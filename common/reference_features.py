@@ -70,10 +70,10 @@ def stoppable(batches: Iterable[T], stop: StopRequest | None) -> Iterator[T]:
     """Yield ``batches``; raise :class:`Stopped` when one has been used and ``stop`` asks for it."""
     for batch in batches:
         yield batch
-        check(stop)
+        raise_if_stopped(stop)
 
 
-def check(stop: StopRequest | None) -> None:
+def raise_if_stopped(stop: StopRequest | None) -> None:
     """Raise :class:`Stopped` where ``stop`` asks for it."""
     if stop is not None and stop.reason:
         raise Stopped(
@@ -109,7 +109,7 @@ def reference_features(
         def part(number: int) -> Tensor:
             return _part(cache, number, data, extractor, parts[number], batch_size, progress, stop)
 
-        with closing(cache.claim(range(len(parts)), lambda: check(stop))) as claimed:
+        with closing(cache.claim(range(len(parts)), lambda: raise_if_stopped(stop))) as claimed:
             for number in claimed:
                 part(number)
         for number in range(len(parts)):

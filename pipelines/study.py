@@ -341,6 +341,9 @@ def _dry_run(plan: Plan, shard: tuple[int, int]) -> dict[str, Any]:
     from .study_analysis import power_in_words
     from .study_estimate import estimate
 
+    if not plan.bench.data.is_prepared and (plan.out / "autoencoders").is_dir():
+        what = "the images are not prepared in it yet, and cells are named by them: finished ones are listed as new"
+        print(f"{plan.out}: {what} until the study has been started here", file=sys.stderr)
     mine = cells_of_shard(plan.cells, shard)
     listed = [{**cell, "shares_with": _sharing(cell, plan.listed(mine))} for cell in plan.listed(mine)]
     return {

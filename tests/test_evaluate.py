@@ -178,7 +178,7 @@ def test_two_that_need_one_reference_at_once_share_it(data, monkeypatch, tmp_pat
     assert torch.equal(features, same)
 
 
-def test_what_another_leaves_undone_of_the_reference_is_done_here(data, monkeypatch):
+def test_what_another_leaves_undone_of_the_reference_is_done_here(data, monkeypatch, capsys):
     monkeypatch.setattr(reference_features, "PART", 4)
     images = open_data(str(data))
     cache = reference_cache.ReferenceCache(images.fingerprint(), TinyInception())
@@ -194,6 +194,7 @@ def test_what_another_leaves_undone_of_the_reference_is_done_here(data, monkeypa
     TinyInception.images_seen = 0
     reference = reference_features.reference_features(images, TinyInception(), batch_size=2)
     assert TinyInception.images_seen == COUNT - 1
+    assert capsys.readouterr().err.count("waiting for another process") == 1
     order = reference_features.choose_images(COUNT, None, seed=0)
     torch.testing.assert_close(reference.features, TinyInception()(_pixels(data)[order]))
 
@@ -209,14 +210,28 @@ def test_waiting_for_anothers_part_of_the_reference_can_be_stopped(data, monkeyp
 
 
 @pytest.mark.parametrize("error", [PermissionError, NotImplementedError])
-def test_a_cache_without_locks_costs_no_image_twice(data, monkeypatch, error):
+def test_a_cache_that_cannot_be_written_or_locked_costs_no_image_twice(data, monkeypatch, error):
     def cannot(*_: object, **__: object) -> None:
-        raise error("no locks here")
+        raise error("not here")
 
     monkeypatch.setattr(claims.FileLock, "acquire", cannot)
+    if error is PermissionError:
+        monkeypatch.setattr(reference_cache, "write_atomically", cannot)
     TinyInception.images_seen = 0
     reference_features.reference_features(open_data(str(data)), TinyInception(), batch_size=2)
     assert TinyInception.images_seen == COUNT
+
+
+def test_a_full_disk_costs_one_part_of_the_reference_twice_and_no_more(data, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(reference_features, "PART", 4)
+    monkeypatch.setattr(reference_cache, "write_atomically", full)
+    TinyInception.images_seen = 0
+    reference = reference_features.reference_features(open_data(str(data)), TinyInception(), batch_size=2)
+    assert len(reference) == COUNT
+    assert TinyInception.images_seen == COUNT + 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)

@@ -1,6 +1,7 @@
 """Which cells a study works on, in what order, and what it makes of failures: with steps that compute nothing."""
 
 import json
+import shutil
 import signal
 import tempfile
 import time
@@ -210,6 +211,10 @@ def test_a_dry_run_lists_and_estimates_and_writes_nothing(out, steps, monkeypatc
     assert seconds["diffusion: train"] == 2 * 7.0
     assert seconds["diffusion: measure"] == 2 * 11.0
     assert len(run(out, dry_run=True, shard=(0, 2))["cells"]) == 2
+    assert "listed as new" not in capsys.readouterr().err
+    shutil.rmtree(out / "data")  # as where cells alone were copied from another machine
+    assert states(run(out, dry_run=True)) == ["new"] * 4
+    assert "finished ones are listed as new" in capsys.readouterr().err
 
 
 def test_a_configuration_that_was_changed_after_the_first_start_is_kept_and_named(out):
