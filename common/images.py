@@ -196,13 +196,18 @@ def save_png(path: str | Path, image: Tensor | NDArray[np.uint8]) -> None:
 
 
 def save_grid(path: str | Path, images: Tensor, columns: int, gap: int = 2) -> None:
-    """Write images ``[N, 3, H, W]`` in [-1, 1] as one PNG, row by row, ``gap`` white pixels between them."""
+    """Write images ``[N, 3, H, W]`` in [-1, 1] as one PNG, row by row, ``gap`` white pixels between them.
+
+    Pixels with a value that is not finite, which would come out black and pass for a dark image, are magenta.
+    """
     if not len(images):
         raise UsageError("a grid needs at least one image")
     number, channels, height, width = images.shape
     rows = -(-number // columns)
     canvas = torch.ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    magenta = torch.tensor([1.0, -1.0, 1.0])[:, None, None]
     for position, image in enumerate(images.detach().cpu().float()):
+        image = torch.where(image.isfinite().all(0), image, magenta)
         top, left = (position // columns) * (height + gap), (position % columns) * (width + gap)
         canvas[:, top : top + height, left : left + width] = image
     save_png(path, canvas)

@@ -26,7 +26,7 @@ CONTACT_SHEET = "contact-sheet.png"
 CONTACT_SHEET_IMAGES = 64
 WRITERS = 4
 """Threads that compress and write PNG files."""
-NOT_COMPARED = ("run", "guide")
+NOT_COMPARED = ("run", "guide", "guide_ema")
 """Parts of the record that do not decide an image: a run may have moved, its weights count."""
 
 _SEED = re.compile(r"\d{6,}\.png")

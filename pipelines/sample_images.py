@@ -185,9 +185,10 @@ class ImageSampler:
             "autoencoder_fingerprint": self._inputs["autoencoder"]["fingerprint"],
             **options.protocol(),
             "evaluations": evaluations(options.sampling, self.model.objective),
-            "ema": _first_width(self.run) if options.ema is None else options.ema,
+            "ema": _width(self.run, options.ema),
             "ema_step": options.ema_step,
             "guide": None if options.guide is None else str(options.guide.resolve()),
+            "guide_ema": None if options.guide is None else _width(options.guide, options.guide_ema),
             "guide_step": options.guide_step,
             "guide_sha256": None if self.weaker is None else weights_sha256(self.weaker),
             "label": by_seed if options.label is None else options.label,
@@ -316,16 +317,18 @@ def ema_choice(text: str, option: str = "ema") -> EMAChoice:
 
 
 def _load(run: Path, ema: EMAChoice | None, step: int | None) -> LatentDiffusion:
-    if ema == "best":
+    width = _width(run, ema)
+    if width == "best":
         return load_best(run)
     if ema is None and step is None:
         return load_diffusion(run)
-    return load_diffusion_at_width(run, _first_width(run) if ema is None else ema, at_step=step)
+    return load_diffusion_at_width(run, width, at_step=step)
 
 
-def _first_width(run: Path) -> float:
-    width: float = _train_config(run)["ema"]["widths"][0]
-    return width
+def _width(run: Path, ema: EMAChoice | None) -> EMAChoice:
+    """Return the average that is meant: ``ema``, or the first that the run was trained with."""
+    first: float = _train_config(run)["ema"]["widths"][0]
+    return first if ema is None else ema
 
 
 def _train_config(run: Path) -> dict[str, Any]:

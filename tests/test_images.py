@@ -1,3 +1,4 @@
+import math
 from itertools import islice
 from pathlib import Path
 
@@ -149,6 +150,15 @@ def test_png_holds_the_exact_values(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         assert (np.asarray(Image.open(tmp_path / "new" / name)) == pixels).all()
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.png", "b.png"]
+
+
+def test_what_is_not_finite_stands_out_in_a_grid(tmp_path: Path) -> None:
+    images = torch.full((2, 3, 4, 6), -1.0)
+    images[0, 1, 2, 3], images[1, 0, 0, 0] = math.nan, math.inf
+    save_grid(tmp_path / "grid.png", images, columns=1, gap=0)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert pixels[2, 3].tolist() == pixels[4, 0].tolist() == [255, 0, 255]
+    assert pixels.reshape(-1, 3).sum(axis=0).tolist() == [2 * 255, 0, 2 * 255]  # all others are black
 
 
 def test_grid_lays_images_out_row_by_row(tmp_path: Path) -> None:

@@ -225,12 +225,12 @@ def test_an_earlier_step_of_a_run_is_sampled_and_guides_and_both_are_recorded(
     early = ImageSampler(run, SampleOptions(SHORT, ema_step=3, pass_rows=4), device="cpu")
     record = early.protocol()
     assert record["model_sha256"] == weights_sha256(kept[3])
-    assert (record["ema"], record["ema_step"], record["guide_step"]) == (0.1, 3, None)
+    assert (record["ema"], record["ema_step"], record["guide_ema"], record["guide_step"]) == (0.1, 3, None, None)
     options = SampleOptions(Sampling("euler", 2, guidance=2.0), guide=run, guide_step=3, pass_rows=4)
     sample(run, tmp_path / "out", [0], options, device="cpu")
     record = json.loads((tmp_path / "out" / "samples.json").read_text())
     assert record["guide_sha256"] == weights_sha256(kept[3]) != record["model_sha256"]
-    assert (record["ema_step"], record["guide_step"]) == (None, 3)
+    assert (record["ema_step"], record["guide_ema"], record["guide_step"]) == (None, 0.1, 3)
     assert protocol_differences(record, {**record, "ema_step": 7, "model_sha256": "other"}, "fid") == []
 
 
