@@ -138,7 +138,12 @@ TRAINING = _options(
     JSON,
 )
 CELLS = _options(
-    click.option("--shard", default="0/1", show_default=True, help="Work on every n-th cell from the i-th on: i/n."),
+    click.option(
+        "--shard",
+        default="0/1",
+        show_default=True,
+        help="Work on every n-th cell (of study: on the cells of every n-th autoencoder) from the i-th on: i/n.",
+    ),
     MINUTES,
     BATCH,
     DEVICE,
@@ -606,7 +611,7 @@ def doctor(as_json: bool, fetch: bool) -> None:
 @NO_NETWORKS
 @JSON
 def report(as_json: bool, **arguments: Any) -> None:
-    """Write a comparison page of any finished runs."""
+    """Write a comparison page of any finished runs, and of folders of samples beside the runs they were drawn from."""
     from wavelatent.pipelines.report import report as run
 
     page = run(**_given(arguments))

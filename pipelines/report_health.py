@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from .comparison import NOT_COMPARABLE, flatten, protocol_differences
 from .report_runs import Variant, read_json
@@ -116,7 +117,9 @@ def health_rows(found: Mapping[str, Health | None]) -> list[HealthRow]:
 
 def health_link(health: Health, out: Path) -> str | None:
     """Return the address of ``diagnose``'s page as seen from a page in ``out``: relative, so that both may move."""
-    return None if health.page is None else Path(os.path.relpath(health.page.resolve(), out.resolve())).as_posix()
+    if health.page is None:
+        return None
+    return quote(Path(os.path.relpath(health.page.resolve(), out.resolve())).as_posix())
 
 
 def health_record(health: Health | None) -> dict[str, Any] | None:

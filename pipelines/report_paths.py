@@ -14,10 +14,12 @@ KEPT = 2
 """Folders of an absolute path that stay: enough to tell ``kl/diffusion`` from ``bounded/diffusion``."""
 
 _PART = r"[^\s/'\"<>,;:()&|]+"
-# Pictures are skipped whole: base64 has slashes too. A path begins where no word, relative path or URL goes on, or
-# behind what says of which kind an autoencoder or a data set is.
-_BEGIN = r"(?:(?<![\w/.:~<-])|(?<=\bdiffusers:)|(?<=\bhf:))"
-_PATH = re.compile(rf"data:image/[^\"]*|{_BEGIN}/(?:{_PART}/)+{_PART}/?")
+_PICTURE = r"data:image/[^\"]*"  # skipped whole: base64 has slashes too
+# A path begins where no word, relative path or tag goes on; one that is not known, where no URL does either, or behind
+# what says of which kind an autoencoder or a data set is.
+_ANEW = r"(?<![\w/.~<-])"
+_BEGIN = rf"(?:{_ANEW}(?<!:)|(?<=\bdiffusers:)|(?<=\bhf:))"
+_PATH = rf"{_BEGIN}/(?:{_PART}/)+{_PART}/?"
 
 KEPT_DIGITS = 12
 """Of a SHA-256."""
@@ -36,9 +38,10 @@ def hide_paths(page: str, known: Iterable[Path] = ()) -> str:
         page: the HTML.
         known: paths that may stand in it and could not be told from the text around them, such as ones with spaces.
     """
-    for path in sorted({str(path) for path in known if path.is_absolute()}, key=len, reverse=True):
-        page = page.replace(html.escape(path), _short(html.escape(path)))
-    return _PATH.sub(lambda found: found[0] if found[0].startswith("data:") else _short(found[0]), page)
+    named = sorted({html.escape(str(path)) for path in known if path.is_absolute()}, key=len, reverse=True)
+    exact = [rf"{_ANEW}{re.escape(path)}(?![\w-])" for path in named]
+    pattern = re.compile("|".join([_PICTURE, *exact, _PATH]))
+    return pattern.sub(lambda found: found[0] if found[0].startswith("data:") else _short(found[0]), page)
 
 
 def _short(path: str) -> str:

@@ -263,6 +263,10 @@ def test_no_absolute_path_is_left() -> None:
     rest = '</p> <img src="data:image/jpeg;base64,/9j/4AA/Q=="> 1/s a/b/c'
     page = f'<p>of /home/jo/runs/kl/diffusion, see "/home/jo doe/x/y".{rest}'
     assert hide_paths(page, [Path("/home/jo doe/x/y")]) == f'<p>of .../kl/diffusion, see ".../x/y".{rest}'
+    picture = '<img src="data:image/png;base64,qq/ae+/ae/out=">'
+    relative = f"mine/out/x, /out/x of /ae (/aerial), tag:/ae, <b></ae>{picture}"
+    told = f"mine/out/x, .../out/x of .../ae (/aerial), tag:.../ae, <b></ae>{picture}"
+    assert hide_paths(relative, [Path("/ae"), Path("/out")]) == told
     assert hide_paths("of diffusers:/home/jo/models/vae,") == "of diffusers:.../models/vae,"
     assert hide_paths("https://arxiv.org/abs/2405.14477 ../one/health.html") == (
         "https://arxiv.org/abs/2405.14477 ../one/health.html"
