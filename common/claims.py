@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -40,25 +40,26 @@ def claim(
     pieces: Iterable[T],
     lock: Callable[[T], Path],
     check: Callable[[], None],
-    is_ready: Callable[[T], bool] = lambda piece: True,
+    needs: Callable[[T], Sequence[T]] = lambda piece: (),
 ) -> Generator[T, None, None]:
     """Yield every piece once, holding its lock until the next: processes that claim the same pieces share the work.
 
-    A piece that another process holds, or that is not yet ready, is left for the end, and then waited for: whoever gets
-    it then is to see for itself what is left of it to be done. That it waits it says once, on stderr.
+    A piece that another process holds, or that needs another one, is left for the end, and then waited for: whoever
+    gets it then is to see for itself what is left of it to be done. That it waits it says once, on stderr. What a piece
+    needs is yielded again where it was undone since.
 
     Args:
         pieces: in the order in which they are wanted.
         lock: the file that is locked for a piece. Locks end with their process.
         check: called before every piece and while waiting, to raise what is to end the work.
-        is_ready: whether a piece can be begun.
+        needs: pieces that have to be finished before this one can be begun, and are not.
     """
     waiting, said = list(pieces), False
     while waiting:
         left = []
         for piece in waiting:
             check()
-            if not is_ready(piece):
+            if needs(piece):
                 left.append(piece)
                 continue
             with try_lock(lock(piece)) as locked:
@@ -71,4 +72,6 @@ def claim(
                 tqdm.write("waiting for another process, which is at work on what is left", file=sys.stderr)
                 said = True
             time.sleep(POLL_SECONDS)
+            undone = {lock(found): found for piece in left for found in needs(piece)}
+            left = list({**undone, **{lock(piece): piece for piece in left}}.values())
         waiting = left

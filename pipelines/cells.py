@@ -129,13 +129,13 @@ def work_through(cells: Iterable[K], work: Callable[[K], None], stop: StopReques
 
 
 def claim(
-    cells: Iterable[K], stop: StopRequest, is_ready: Callable[[K], bool] = lambda cell: True
+    cells: Iterable[K], stop: StopRequest, needs: Callable[[K], Sequence[K]] = lambda cell: ()
 ) -> Generator[K, None, None]:
     """Yield every cell once, by :func:`..common.claims.claim`: processes with the same root share the work.
 
     Raises :class:`Stopped` when ``stop`` asks for it, between cells or while waiting.
     """
-    return claims.claim(cells, _lock_of, lambda: _check(stop), is_ready)
+    return claims.claim(cells, _lock_of, lambda: _check(stop), needs)
 
 
 def _lock_of(cell: Cell[Any]) -> Path:

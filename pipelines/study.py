@@ -4,6 +4,7 @@
 
     OUT/config.yaml                        the resolved configuration; config.1.yaml, ... those before that differ
     OUT/first-start-TIME.json              when the first of them was written; several where shards were copied together
+    OUT/first-data.json                    fingerprints of the images of the first start
     OUT/data/train, validation             the images at data.size, where the configuration asks for one
     OUT/autoencoders, latents, diffusions  the cells, see :mod:`.study_cells`
     OUT/results.json                       configuration, a record per cell, analysis, and what all cells share
@@ -34,7 +35,8 @@ from ..common.config import dump_yaml, parse_yaml
 from ..common.distributed_features import by_main
 from ..common.errors import Diverged, UsageError, WavelatentError
 from ..common.files import write_atomically
-from ..common.metric_weights import load_weights
+from ..common.lpips_metric import MIN_SIZE as LPIPS_MIN_SIZE
+from ..common.metric_weights import MissingWeightsError, load_weights
 from ..common.runtime import RuntimeOptions, StopRequest, accelerated, utc_now
 from .cells import Cell, claim, take_shard
 from .report_runs import read_json
@@ -42,6 +44,7 @@ from .study_cells import FINAL_STATES, StudyCell, Task, Workbench, cells_of_shar
 from .study_config import StudyConfig
 from .study_data import StudyData, open_study_data, prepare_study_data
 from .study_design import Variant, make_variants
+from .study_effects import claimed_effects
 from .study_networks import Networks, networks_of
 from .study_results import public_config, record_of, setting_of, state_of
 
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RESULTS, SUMMARY, PAGE, CONFIG = "results.json", "summary.md", "report.html", "config.yaml"
-FIRST_START = "first-start-{}.json"
+FIRST_START, FIRST_DATA = "first-start-{}.json", "first-data.json"
 FORMAT = 1
 """Of ``results.json``; rises when a reader of it would have to change."""
 
@@ -108,8 +111,9 @@ def study(
         return _dry_run(plan, shard)
     with StopRequest(options.max_minutes) as stop, _together(options) as team:
         if not report_only:
-            team.decide(lambda: _begin(config, out, stop))
+            team.decide(lambda: _begin(plan, stop))
             plan = plan.over_prepared_data(options, batch_size)
+            team.decide(lambda: _keep_fingerprints(plan))
             _work(plan, tasks_of(cells_of_shard(plan.cells, shard)), team, stop)
         return team.decide(lambda: _finish(plan, report_only, photographs))
 
@@ -195,13 +199,38 @@ def _together(options: RuntimeOptions) -> Iterator[Team]:
         yield Team(options, accelerator)
 
 
-def _begin(config: StudyConfig, out: Path, stop: StopRequest) -> None:
+def _begin(plan: Plan, stop: StopRequest) -> None:
     """Do what comes before all cells: keep the configuration, prepare the data, find the metric weights."""
+    config, out = plan.config, plan.out
     out.mkdir(parents=True, exist_ok=True)
     for _ in claim([Cell("data", 0, config, out / "data")], stop):
         _keep_config(config, out)
         prepare_study_data(config, out)
     load_weights("inception")  # without them nothing decides a claim: better known now than after the training
+    if plan.bench.data.train.size >= LPIPS_MIN_SIZE:
+        _find_lpips(config)
+
+
+def _find_lpips(config: StudyConfig) -> None:
+    """Fetch the weights of LPIPS. Where they are not to be had, only a claim that rests on them ends the study."""
+    try:
+        load_weights(config.evaluation.lpips_net)
+    except MissingWeightsError as error:
+        if any(metric == "lpips" for _, metric in claimed_effects(config)):
+            raise
+        print(f"no cell that is measured now will have LPIPS: {error}", file=sys.stderr)
+
+
+def _keep_fingerprints(plan: Plan) -> None:
+    """Write which images the study was begun with, once: a change of them must stay known, and a path says little."""
+    file = plan.out / FIRST_DATA
+    if not file.is_file():
+        write_json(file, _fingerprints(plan))
+
+
+def _fingerprints(plan: Plan) -> dict[str, str]:
+    data = plan.bench.data
+    return {"train": data.train.fingerprint(), "validation": data.validation.fingerprint()}
 
 
 def _keep_config(config: StudyConfig, out: Path) -> None:
@@ -222,13 +251,14 @@ def _earlier(out: Path) -> list[Path]:
     return sorted(out.glob("config.[0-9]*.yaml"), key=lambda path: int(path.suffixes[0][1:]))
 
 
-def _changed_since(config: StudyConfig, out: Path) -> list[str]:
-    """Return which sections of the configuration are not as at the first start; the data may have moved."""
-    if not (earlier := _earlier(out)):
-        return []
-    first = parse_yaml(earlier[0].read_text(encoding="utf-8"), str(earlier[0]))
-    now = config.model_dump(mode="json")
-    return [name for name in now if name != "data" and first.get(name) != now[name]]
+def _changed_since(plan: Plan) -> list[str]:
+    """Return which sections of the configuration are not as at the first start; of the data its images count."""
+    now, found = plan.config.model_dump(mode="json"), []
+    if earlier := _earlier(plan.out):
+        first = parse_yaml(earlier[0].read_text(encoding="utf-8"), str(earlier[0]))
+        found = [name for name in now if name != "data" and first.get(name) != now[name]]
+    images = read_json(plan.out / FIRST_DATA)
+    return ["data", *found] if images and images != _fingerprints(plan) else found
 
 
 def _first_starts(out: Path) -> list[str]:
@@ -250,7 +280,7 @@ def _begun_before(out: Path, plan: Plan) -> list[str]:
 def _work(plan: Plan, tasks: Sequence[Task], team: Team, stop: StopRequest) -> None:
     """Do all tasks; the main process holds the lock of the one that is worked on."""
     numbers = {task.folder: number for number, task in enumerate(tasks, start=1)}
-    with contextlib.closing(claim(tasks, stop, plan.bench.is_ready)) as claimed:
+    with contextlib.closing(claim(tasks, stop, plan.bench.needs)) as claimed:
 
         def take() -> tuple[int, list[str]] | None:
             task = next(claimed, None)
@@ -316,7 +346,7 @@ def write_results(plan: Plan, *, again: bool, photographs: bool = True) -> dict[
     _keep_config(config, out)  # a report of what is there may come by another one than the cells
     analysis = analyse(config, variants, records)
     setting = setting_of(plan.cells, records, plan.bench, plan.networks, plan.mixed_precision)
-    setting["changed_since_the_first_start"] = _changed_since(config, out)
+    setting["changed_since_the_first_start"] = _changed_since(plan)
     setting["begun_before_the_first_start"] = _begun_before(out, plan)
     setting["photographs"] = photographs
     content = {
@@ -345,7 +375,8 @@ def _dry_run(plan: Plan, shard: tuple[int, int]) -> dict[str, Any]:
         what = "the images are not prepared in it yet, and cells are named by them: finished ones are listed as new"
         print(f"{plan.out}: {what} until the study has been started here", file=sys.stderr)
     mine = cells_of_shard(plan.cells, shard)
-    listed = [{**cell, "shares_with": _sharing(cell, plan.listed(mine))} for cell in plan.listed(mine)]
+    cells = plan.listed(mine)
+    listed = [{**cell, "shares_with": _sharing(cell, cells)} for cell in cells]
     return {
         **_summary(plan, listed),
         "config": public_config(plan.config),

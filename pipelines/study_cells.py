@@ -154,9 +154,10 @@ class Workbench:
         """Return the names of the steps that are still to be done; none of a task that has failed."""
         return [] if self.failure(task) else [step.name for step in self.steps(task) if not step.is_done()]
 
-    def is_ready(self, task: Task) -> bool:
-        """Return whether nothing that the task needs is still to be done."""
-        return task.stage == "autoencoder" or not self.unfinished(self._of_autoencoder(task))
+    def needs(self, task: Task) -> list[Task]:
+        """Return the task's autoencoder's, where something of that is still to be done."""
+        first = self._of_autoencoder(task)
+        return [first] if task.stage == "diffusion" and self.unfinished(first) else []
 
     def state(self, task: Task) -> str:
         """Return how far a task is: ``new``, ``started``, ``trained``, ``finished`` or ``failed``."""

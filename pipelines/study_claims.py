@@ -157,7 +157,8 @@ def _spread_in_words(spread: str, num_variants: int, num_seeds: int) -> str:
     degrees = (num_variants - 1) * (num_seeds - 1)
     return (
         "Its error comes from the residuals of all cells about variant plus seed, pooled over variants (Student's t, "
-        f"{degrees} degrees of freedom where no cell is missing). This takes the spread to be alike in all variants. "
+        f"{degrees} degrees of freedom where no cell is missing; for reconstructions fewer, where variants share their "
+        "autoencoders). This takes the spread to be alike in all variants. "
         "Where it is, and nothing differs, 2 % of simulated studies of the presets' design come to any verdict at "
         "level 0.05; where the variant that most comparisons share scatters twice or three times as much as the "
         "others, 7.5 % or 15 % do. So the interval of each deciding comparison by its own differences stands beside "

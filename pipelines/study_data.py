@@ -52,17 +52,19 @@ class UnpreparedImages(NoiseImages):
     """Stands for data that is not prepared yet: its size, its classes, and about how many images there are."""
 
     def __init__(self, spec: str, size: int) -> None:
-        source: SyntheticFaces | HubImages | FolderImages
-        if spec.partition(":")[0] == "synthetic":
-            source = SyntheticFaces.from_spec(spec, size)
-        else:
-            source = HubImages(spec) if spec.startswith("hf:") else FolderImages(spec)
+        source = _source(spec, size)
         super().__init__(size, len(source), len(source.class_names))
         self.spec = spec
 
     def fingerprint(self) -> str:
         """Return a name that cells do not get once the data is prepared."""
         return f"unprepared {self.spec} at {self.size}"
+
+
+def _source(spec: str, size: int) -> SyntheticFaces | HubImages | FolderImages:
+    if spec.partition(":")[0] == "synthetic":
+        return SyntheticFaces.from_spec(spec, size)
+    return HubImages(spec) if spec.startswith("hf:") else FolderImages(spec)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class StudyData:
 def prepare_study_data(config: StudyConfig, out: Path) -> None:
     """Prepare below ``out`` what is not there yet. Errors and stops are those of :func:`prepare`."""
     for name, spec in _specs(config).items():
-        if _is_to_be_prepared(config, out, name, spec):
+        if _is_brought_to_size(config, spec) and not _is_there(config, out, name, spec):
             prepare(spec, _size(config), out / "data" / name)
 
 
@@ -105,17 +107,27 @@ def _specs(config: StudyConfig) -> dict[str, str]:
     return {"train": config.data.train, **({} if validation is None else {"validation": validation})}
 
 
-def _is_to_be_prepared(config: StudyConfig, out: Path, name: str, spec: str) -> bool:
-    """Return whether the images have still to be brought to ``data.size``."""
-    return config.data.size is not None and not is_prepared(Path(spec)) and not _is_there(config, out, name, spec)
+def _is_brought_to_size(config: StudyConfig, spec: str) -> bool:
+    """Return whether the study prepares the images itself."""
+    return config.data.size is not None and not is_prepared(Path(spec))
 
 
 def _is_there(config: StudyConfig, out: Path, name: str, spec: str) -> bool:
-    """Return whether the data was prepared before: the source itself need no longer be there."""
-    if not (out / "data" / name / MANIFEST).is_file():
+    """Return whether the data was prepared before.
+
+    Under the name that it had then the source itself need no longer be there; under another it is known by its files.
+    Raises :class:`UsageError` where the folder holds other images: cells would be measured on the one and the other.
+    """
+    folder, size = out / "data" / name, _size(config)
+    if not (folder / MANIFEST).is_file():
         return False
-    manifest = read_manifest(out / "data" / name)
-    return manifest.request.get("data") == spec and manifest.size == config.data.size
+    manifest = read_manifest(folder)
+    before = manifest.request.get("data")
+    if manifest.size == size and (before == spec or manifest.request.get("files") == _source(spec, size).identity()):
+        return True
+    raise UsageError(
+        f"{folder} holds {before} at {manifest.size} px, not {spec} at {size} px: give another --out for other images"
+    )
 
 
 def _size(config: StudyConfig) -> int:
@@ -124,14 +136,18 @@ def _size(config: StudyConfig) -> int:
 
 
 def open_study_data(config: StudyConfig, out: Path, *, prepared: bool = True) -> StudyData:
-    """Open the data as the cells see it; where it is not ``prepared`` yet, something of its size."""
+    """Open the data as the cells see it; where it is not ``prepared`` yet, something of its size.
+
+    Raises :class:`UsageError` where there is no such data, or other images were prepared in ``out``.
+    """
     require_data(config)
 
     def opened(name: str, spec: str) -> ImageData:
-        if config.data.size is not None and _is_there(config, out, name, spec):
-            return open_data(str(out / "data" / name))
-        if not prepared and _is_to_be_prepared(config, out, name, spec):
-            return UnpreparedImages(spec, _size(config))
+        if _is_brought_to_size(config, spec):
+            if _is_there(config, out, name, spec):
+                return open_data(str(out / "data" / name))
+            if not prepared:
+                return UnpreparedImages(spec, _size(config))
         return open_data(spec, size=config.data.size)
 
     data = {name: opened(name, spec) for name, spec in _specs(config).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -116,19 +116,25 @@ class MetricTable:
         """The additive model of all variants that have values."""
         return AdditiveModel(self.scaled)
 
-    def contrast(self, weights: Mapping[str, float], spread: str, level: float) -> tuple[dict[str, Any], Bounds | None]:
+    def contrast(
+        self, contexts: Sequence[Sequence[str]], signs: Sequence[int], spread: str, level: float
+    ) -> tuple[dict[str, Any], Bounds | None]:
         """Return the fields of a :class:`~.study_findings.Contrast`, and the interval at ``level``.
 
         Args:
-            weights: by variant; they add up to 0.
+            contexts: variants that are held against each other, as many in each as there are ``signs``. The contrast is
+                the mean over these; such as have their rows in common count once.
+            signs: with which the variants of a context are added; they add up to 0.
             spread: ``pooled`` or ``paired``, of :class:`~.study_config.RuleConfig`.
             level: probability with which the second interval leaves the effect out.
         """
+        distinct = {tuple(self.rows[self.names.index(name)] for name in names) for names in contexts}
         vector = np.zeros(len(self.names))
-        for name, weight in weights.items():
-            vector[self.rows[self.names.index(name)]] += weight
+        for rows in distinct:
+            for row, sign in zip(rows, signs, strict=True):
+                vector[row] += sign / len(distinct)
         vector[np.abs(vector) < 1e-12] = 0
-        reason = self._missing(weights)
+        reason = self._missing(dict.fromkeys(name for names in contexts for name in names))
         estimate = None
         if reason is None:
             estimate = self.model.contrast(vector) if spread == "pooled" else paired(self.scaled, vector)
@@ -150,9 +156,9 @@ class MetricTable:
         }
         return fields, self._bounds(sure, level)
 
-    def _missing(self, weights: Mapping[str, float]) -> str | None:
+    def _missing(self, names: Iterable[str]) -> str | None:
         """Return why the variants cannot be compared: one has no value, or one of which there is no ratio."""
-        for name in weights:
+        for name in names:
             row = self.names[self.rows[self.names.index(name)]]
             if row in self.without_logarithm:
                 return self.without_logarithm[row]
@@ -247,11 +253,11 @@ def make_effects(
         contexts = comparison.contexts(variants)
         if not contexts:
             continue
-        weights = _weights(contexts, (1, -1))
         for metric, table in tables.items():
-            fields, bounds = table.contrast(weights, config.rule.spread, level)
-            is_claimed = (comparison, metric) in claimed
-            own = table.contrast(weights, "paired", level)[1] if config.rule.spread == "pooled" and is_claimed else None
+            fields, bounds = table.contrast(contexts, (1, -1), config.rule.spread, level)
+            is_claimed, own = (comparison, metric) in claimed, None
+            if is_claimed and config.rule.spread == "pooled":
+                _, own = table.contrast(contexts, (1, -1), "paired", level)
             effects[comparison, metric] = Effect(
                 **fields,
                 factor=comparison.factor,
@@ -275,21 +281,12 @@ def make_interactions(
         contexts = _quadruples(variants, factors, levels, against)
         if not contexts:
             continue
-        weights = _weights(contexts, (1, -1, -1, 1))
         for table in tables.values():
-            fields, _ = table.contrast(weights, config.rule.spread, config.rule.level)
+            fields, _ = table.contrast(contexts, (1, -1, -1, 1), config.rule.spread, config.rule.level)
             found.append(
                 Interaction(**fields, factors=factors, levels=levels, against=against, contexts=tuple(contexts))
             )
     return found
-
-
-def _weights(contexts: Sequence[Sequence[str]], signs: Sequence[int]) -> dict[str, float]:
-    weights: dict[str, float] = {}
-    for names in contexts:
-        for name, sign in zip(names, signs, strict=True):
-            weights[name] = weights.get(name, 0) + sign / len(contexts)
-    return weights
 
 
 Two = tuple[str, str]

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from ..stage1_autoencoder.train_config import AutoencoderTrainConfig
+from ..stage2_diffusion.train_config import DiffusionTrainConfig
 from .comparison import flatten, plain
 from .metric_columns import METRICS
 from .report_tables import duration
@@ -50,7 +52,10 @@ def changed_line(setting: Mapping[str, Any]) -> str:
     before any configuration lay here.
     """
     told = []
-    if names := setting.get("changed_since_the_first_start", []):
+    sections = setting.get("changed_since_the_first_start", [])
+    if "data" in sections:
+        told.append("The images are not those of the first start.")
+    if names := [name for name in sections if name != "data"]:
         were = "was" if len(names) == 1 and not names[0].endswith("s") else "were"
         changed = f"{', '.join(names)} {were} changed after the first start; see config.1.yaml"
         told.append(_sentence(changed.replace("_", " ")))
@@ -65,18 +70,17 @@ def changed_line(setting: Mapping[str, Any]) -> str:
 
 def protocol_lines(config: StudyConfig, variants: Sequence[Variant], setting: Mapping[str, Any]) -> list[str]:
     """Say what is the same in all cells."""
-    evaluation, first = config.evaluation, variants[0].recipe
+    evaluation = config.evaluation
     stages = [
-        f"{train.steps:,} steps, {train.images_at(train.steps):,} images"
-        for train in (first.autoencoder.train, first.diffusion.train)
+        _training_in_words([getattr(variant.recipe, stage).train for variant in variants])
+        for stage in ("autoencoder", "diffusion")
     ]
     reconstructed = "all" if evaluation.num_reconstructions is None else f"{evaluation.num_reconstructions:,}"
     seeds = ", ".join(map(str, config.seeds))
     return [
         _data_line(config, setting),
         f"Stage one: {stages[0]} in every cell. Stage two: {stages[1]}, on latents that are cached once"
-        f"{', with those of the mirror images' if config.flips else ''}; the same network but for its first and last "
-        "convolution, where the number of channels differs.",
+        f"{', with those of the mirror images' if config.flips else ''}; {_networks_in_words(variants, setting)}.",
         f"Seeds {seeds}: a seed decides initial weights, order of the images, flips and noise of both stages, and the "
         "noise of the samples. At a seed, variants see the same images in the same order, flipped alike, and at the "
         "same noise levels but for the noise shift; latents of one shape meet the same noise, and their networks of "
@@ -87,6 +91,22 @@ def protocol_lines(config: StudyConfig, variants: Sequence[Variant], setting: Ma
         "samples, decides; FID stands beside it and is comparable within this study only.",
         *_claims_line(config, setting),
     ]
+
+
+def _training_in_words(trainings: Sequence[AutoencoderTrainConfig] | Sequence[DiffusionTrainConfig]) -> str:
+    """Say how many steps and images a stage has; a factor may change steps and batch together."""
+    steps = sorted({train.steps for train in trainings})
+    told = " to ".join(f"{count:,}" for count in dict.fromkeys([steps[0], steps[-1]]))
+    return f"{told} steps, {trainings[0].images_at(trainings[0].steps):,} images"
+
+
+def _networks_in_words(variants: Sequence[Variant], setting: Mapping[str, Any]) -> str:
+    """Say that the variants have one network in stage two, unless a factor changes it."""
+    models = [variant.recipe.diffusion.model for variant in variants]
+    inside = {each.get("denoiser_parameters_inside") for each in setting.get("networks", {}).values()}
+    if len(inside) > 1 or any(model != models[0] for model in models):
+        return "the networks are not the same in all variants, see their table"
+    return "the same network but for its first and last convolution, where the number of channels differs"
 
 
 def _claims_line(config: StudyConfig, setting: Mapping[str, Any]) -> list[str]:
@@ -201,9 +221,11 @@ def command_line(config: StudyConfig, setting: Mapping[str, Any]) -> str:
     Where images are is the reader's business: they stand as ``TRAIN`` and ``VALIDATION``.
     """
     words = ["wavelatent study config.yaml"]
-    for option, spec in (("--data TRAIN", config.data.train), ("--eval-data VALIDATION", config.data.validation)):
-        if spec is None or _is_folder(spec):
-            words.append(option)
+    train, validation = config.data.train, config.data.validation
+    if train is None or _is_folder(train):
+        words.append("--data TRAIN")
+    if validation is not None and _is_folder(validation):  # None measures on the training images
+        words.append("--eval-data VALIDATION")
     if setting.get("mixed_precision", "no") != "no":
         words.append(f"--mixed-precision {setting['mixed_precision']}")
     return " ".join([*words, "--out OUT"])

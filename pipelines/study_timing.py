@@ -41,14 +41,21 @@ class StepTimer(StopRequest):
         self._times: list[float] = []
 
     def agreed(self, accelerator: Accelerator) -> str | None:
-        """Note the time before a step; ask to stop after the last."""
+        """Note the time before a step; ask to stop after the last, or where a signal asks for it."""
+        if reason := super().agreed(accelerator):
+            return reason
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self._times.append(time.perf_counter())
         return "timing" if len(self._times) > TIMED_STEPS + 1 else None
 
     def seconds_per_step(self) -> float:
-        """Return the mean of the timed steps; a training that is shorter is timed with its first step and its end."""
+        """Return the mean of the timed steps; a training that is shorter is timed with its first step and its end.
+
+        Raises :class:`Stopped` where a signal ended it.
+        """
+        if self.reason:
+            raise Stopped(f"stopped by {self.reason} while steps were timed; nothing was written")
         times = [*self._times, time.perf_counter()] if len(self._times) < 3 else self._times[1:]
         return (times[-1] - times[0]) / (len(times) - 1)
 

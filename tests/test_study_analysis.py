@@ -425,6 +425,22 @@ class TestAutoencodersThatVariantsShare:
         assert [note for note in analysis.notes if "c with a" in note]
         assert analysis.variants["c"]["rfid"].values == (4.0, 4.4, 4.1)
 
+    def test_pairs_of_them_count_once_in_an_effect(self):
+        factors = {"bound": ["no", "yes"], "channels": ["4", "16"], "scaled": ["yes", "no"]}
+        design = [{}, {"bound": "yes"}, {"channels": "16"}, {"bound": "yes", "channels": "16"}]
+        design += [{**levels, "scaled": "no"} for levels in design[:2]]
+        config, variants = planned(factors=factors, design=design)
+        rfid = np.array([4, 3, 5, 2, 4, 3])[:, None] * np.exp([[0, 0.1, -0.1]])
+        folders = {
+            (variant.name, seed): {"autoencoder": f"{variant.levels['bound']}{variant.levels['channels']}{seed}"}
+            for variant in variants
+            for seed in range(3)
+        }
+        analysis = analyse(config, variants, recorded(variants, {"rfid": rfid, "fid": rfid}, folders=folders))
+        one, other = 3 / 4, 2 / 5
+        assert effect_of(analysis, "rfid", factor="bound").estimate == pytest.approx((one * other) ** (1 / 2))
+        assert effect_of(analysis, "fid", factor="bound").estimate == pytest.approx((one * one * other) ** (1 / 3))
+
     def test_errors_over_images_average_out_over_seeds_only_where_the_images_differ(self):
         config, variants = planned()
         half = 1.959964 * 0.1

@@ -13,20 +13,30 @@ import pytest
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, PartialState
 from filelock import FileLock
+from PIL import Image
 from tiny_study import Steps, stand_in_for_networks, tiny_config
 
 from wavelatent.common import claims
 from wavelatent.common.errors import Diverged, Stopped, UsageError, WavelatentError
+from wavelatent.common.metric_weights import MissingWeightsError
 from wavelatent.common.runtime import RuntimeOptions, utc_now
 from wavelatent.pipelines import study as study_module
 from wavelatent.pipelines import study_estimate
+from wavelatent.pipelines.prepare import prepare
 from wavelatent.pipelines.study import describe, study
 from wavelatent.pipelines.study_cells import make_study_cells, tasks_of
 from wavelatent.pipelines.study_config import StudyConfig
 from wavelatent.pipelines.study_data import StudyData, UnpreparedImages
 from wavelatent.pipelines.study_design import make_variants
 from wavelatent.pipelines.study_networks import Networks, networks_of
-from wavelatent.pipelines.study_timing import TIMED_STEPS, convolution_rate, time_autoencoder, time_diffusion
+from wavelatent.pipelines.study_text import changed_line
+from wavelatent.pipelines.study_timing import (
+    TIMED_STEPS,
+    StepTimer,
+    convolution_rate,
+    time_autoencoder,
+    time_diffusion,
+)
 
 CPU = RuntimeOptions(device="cpu")
 AUTOENCODER = ["autoencoder", "measure autoencoder", "diagnose", "encode"]
@@ -236,6 +246,18 @@ def test_a_configuration_that_comes_with_the_report_alone_is_kept_and_named_too(
     assert record["setting"]["changed_since_the_first_start"] == ["rule"]
 
 
+def test_other_images_are_a_change_and_named(out, steps, tmp_path):
+    for count in (6, 9):
+        prepare(f"synthetic:{count}", 16, tmp_path / f"prepared-{count}")
+    run(out, f"data.validation={tmp_path / 'prepared-6'}")
+    steps.done.clear()
+    result = run(out, f"data.validation={tmp_path / 'prepared-9'}")
+    assert set(steps.done) == {f"{step} {seed}" for step in AUTOENCODER[1:3] for seed in ("seed0", "seed1")}
+    record = json.loads(Path(result["results"]).read_text())
+    assert record["setting"]["changed_since_the_first_start"] == ["data"]
+    assert changed_line(record["setting"]) == "The images are not those of the first start."
+
+
 @pytest.mark.parametrize(
     ("override", "again"),
     [
@@ -355,21 +377,63 @@ def test_a_report_says_by_what_cells_are_found(out):
         run(out, "seeds=[0]", report_only=True)
 
 
-def test_data_that_was_prepared_need_not_be_there_any_more(out, tmp_path):
-    from PIL import Image
+def test_lpips_that_cannot_be_had_is_known_at_once_and_ends_what_rests_on_it(out, steps, monkeypatch, capsys):
+    def load_weights(name: str) -> None:
+        if name == "alex":
+            raise MissingWeightsError("AlexNet is not here")
 
-    source = tmp_path / "images"
-    source.mkdir()
-    for number in range(12):
-        Image.new("RGB", (20, 20), (number, 0, 0)).save(source / f"{number}.png")
+    monkeypatch.setattr(study_module, "load_weights", load_weights)
+    run(out, "seeds=[0]")
+    assert "LPIPS" not in capsys.readouterr().err, "there is none of 16 px"
+    larger = ["seeds=[0]", "data.size=32"]
+    run(out.with_name("32"), *larger)
+    assert "no cell that is measured now will have LPIPS: AlexNet is not here" in capsys.readouterr().err
+    steps.done.clear()
+    with pytest.raises(MissingWeightsError):
+        run(out.with_name("claimed"), *larger, "claims.whitening.comparisons=[{factor: whitening, level: channel, "
+            "against: none, metric: lpips}]")  # fmt: skip
+    assert not steps.done
+
+
+def test_a_signal_while_steps_are_timed_ends_the_dry_run():
+    with StepTimer() as timer:
+        signal.raise_signal(signal.SIGTERM)
+        assert timer.agreed(AcceleratorState()) == "SIGTERM"
+    with pytest.raises(Stopped, match="SIGTERM"):
+        timer.seconds_per_step()
+
+
+def folder_of_images(path: Path, count: int = 12) -> Path:
+    path.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(path / f"{number}.png")
+    return path
+
+
+def test_data_that_was_prepared_need_not_be_there_any_more(out, tmp_path):
+    source = folder_of_images(tmp_path / "images")
     data = f"data.train={source}"
     result = run(out, data)
-    for file in source.iterdir():
-        file.unlink()
-    source.rmdir()
+    shutil.rmtree(source)
     again = run(out, data)
     assert again == result
     assert json.loads((out / "results.json").read_text())["config"]["data"]["train"] == "images"
+
+
+def test_data_that_was_prepared_is_known_by_its_files_and_other_data_is_refused(out, steps, tmp_path):
+    source = folder_of_images(tmp_path / "images")
+    run(out, f"data.train={source}")
+    steps.done.clear()
+    moved = source.rename(tmp_path / "moved")
+    result = run(out, f"data.train={moved}")
+    assert (steps.done, states(result)) == ([], ["finished"] * 4)
+    record = json.loads((out / "results.json").read_text())
+    assert record["setting"]["changed_since_the_first_start"] == []
+    config, other = (out / "config.yaml").read_text(), folder_of_images(tmp_path / "other", 11)
+    for refused, what in ((f"data.train={other}", "other at 16 px"), ("data.size=32", "32 px: give another --out")):
+        with pytest.raises(UsageError, match=f"train holds .*images at 16 px, not .*{what}"):
+            run(out, f"data.train={moved}", refused)
+    assert (out / "config.yaml").read_text() == config
 
 
 def cells_of(config: StudyConfig, precision: str = "no") -> list:

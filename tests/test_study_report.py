@@ -33,7 +33,7 @@ from wavelatent.pipelines.study_pictures import radial_power, read_cells, shown_
 from wavelatent.pipelines.study_plots import Dots, scatter, styles
 from wavelatent.pipelines.study_records import CellRecord
 from wavelatent.pipelines.study_report import write_report
-from wavelatent.pipelines.study_text import missing_lines, total_seconds
+from wavelatent.pipelines.study_text import command_line, missing_lines, protocol_lines, total_seconds
 
 CONFIG = StudyConfig.model_validate(
     {
@@ -363,6 +363,34 @@ def test_the_summary_is_well_formed_markdown(tmp_path: Path) -> None:
     text = markdown(CONFIG, variants, less, analyse(CONFIG, variants, less), SETTING)
     assert re.search(r"\| kl-4 \| [\d.]+ ± [\d.]+ \| [\d.]+ ± [\d.]+ \(2 of 3 seeds\) \|", text), "of FID alone"
     assert "wavelatent study config.yaml --data TRAIN --eval-data VALIDATION --mixed-precision bf16 --out OUT" in text
+
+
+def test_the_protocol_claims_no_sameness_that_a_factor_ends() -> None:
+    alike = " ".join(protocol_lines(CONFIG, make_variants(CONFIG), {}))
+    assert "the same network but for its first and last convolution" in alike
+    train = CONFIG.diffusion.train
+    levels = {"large": {}, "small": {"diffusion.train.batch_size": train.batch_size // 2,
+                                     "diffusion.train.steps": train.steps * 2}}  # fmt: skip
+    content = CONFIG.model_dump(mode="json", exclude={"claims"})
+    content["factors"] |= {
+        "batch": levels,
+        "size": {"s": {}, "m": {"diffusion.model.channels": 2 * CONFIG.diffusion.model.channels}},
+    }
+    content["design"] = {"kind": "named", "variants": {"a": {}, "b": {"batch": "small"}}}
+    config = StudyConfig.model_validate(content)
+    images = f"{train.images_at(train.steps):,} images"
+    told = " ".join(protocol_lines(config, make_variants(config), {}))
+    assert f"Stage two: {train.steps:,} to {2 * train.steps:,} steps, {images}" in told
+    content["design"]["variants"]["b"] = {"size": "m"}
+    config = StudyConfig.model_validate(content)
+    told = " ".join(protocol_lines(config, make_variants(config), {}))
+    assert "the networks are not the same in all variants" in told
+    assert "the same network" not in told
+
+
+def test_what_is_measured_on_its_training_images_is_so_when_it_is_run_again() -> None:
+    alone = CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"validation": None})})
+    assert command_line(alone, {}) == "wavelatent study config.yaml --data TRAIN --out OUT"
 
 
 def test_one_seed_gives_no_intervals_and_no_error(tmp_path: Path) -> None:

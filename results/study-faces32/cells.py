@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent / "cells"
-OF_THE_STUDY = ("config*.yaml", "first-start-*.json")
+OF_THE_STUDY = ("config*.yaml", "first-*.json")
 OF_A_RUN = (
     "config.yaml",
     "environment.json",
