@@ -50,6 +50,8 @@ class Result(BaseModel):
         metrics: figures by name.
         intervals: 95 % intervals of figures, by the figure's name.
         not_computed: why a figure is missing.
+        without_weights: those of them that a network would have given whose weights were not to be had; where a result
+            does not say, as older ones do not, all of them.
         protocol: how the figures were defined and what was measured.
         worst: of a reconstruction, by figure, the worst images: ``index``, ``name`` (or None) and ``value``.
         seconds: what it took.
@@ -60,6 +62,7 @@ class Result(BaseModel):
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]] = {}
     not_computed: dict[str, str] = {}
+    without_weights: tuple[str, ...] = ()
     protocol: dict[str, Any]
     worst: dict[str, list[dict[str, Any]]] = {}
     seconds: float
@@ -74,9 +77,23 @@ class Result(BaseModel):
         figures = {name: value for name, value in metrics.items() if not name.endswith(_SUFFIX)}
         return {**content, "metrics": figures, "intervals": {**content.get("intervals", {}), **found}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_older_version(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or "without_weights" in content:
+            return content
+        return {**content, "without_weights": tuple(content.get("not_computed", ()))}
+
+    @property
+    def is_final(self) -> bool:
+        """Whether measuring again could give no more figures: all are there, or weights are not what is missing."""
+        return not self.without_weights
+
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values; ``not_computed`` and ``worst`` only where there is something in them."""
+        """Return it as plain JSON values; what is missing and ``worst`` only where there is something in them."""
         content = self.model_dump(mode="json", exclude={"metrics", "intervals"})
+        if not self.not_computed:
+            del content["without_weights"]
         metrics: dict[str, Any] = {}
         for name, value in self.metrics.items():
             metrics[name] = value

@@ -169,7 +169,7 @@ class _Bench:
 
     def work(self, cell: AutoencoderCell, number: str) -> None:
         """Train and measure ``cell`` where it is not yet; what is not finite is noted as failed."""
-        if (result := self._result(cell)) is not None and not result.not_computed:
+        if (result := self._result(cell)) is not None and result.is_final:
             return print(f"{number} {cell}: there already", file=sys.stderr)
         if (why := failure(cell.folder)) is not None:
             return print(f"{number} {cell}: {why}", file=sys.stderr)

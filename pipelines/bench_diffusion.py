@@ -52,9 +52,10 @@ METHOD = (
     "round's, a ratio is the quotient of two rows' speeds, and its range is over the rounds. Memory is what building "
     "and two passes add at their peak, on a CPU in a process of its own. Weights are random; bf16 is autocast. FLOPs: "
     "a multiply-add is 2, and a training step is 3 forward passes. mfu is FLOPs over the time and over the FLOPs per "
-    "second, in the same precision in the same run, of a large square matrix product; on a CPU, whose convolutions may "
-    "be the faster ones, of that or of a 3x3 convolution's forward and backward pass (64 channels, 8 maps of 32x32), "
-    "whichever is more. Other convolutions may be faster still: on a CPU mfu is no bound. loader_share is the time in "
+    "second, in the same precision in the same run, of a large square matrix product or of a 3x3 convolution's forward "
+    "and backward pass (on a CPU 64 channels, 8 maps of 32x32, on a GPU 256 and 64), whichever is more. Other "
+    "convolutions may be faster still, and on a GPU those of fp32 are TF32 where PyTorch's default is left alone: mfu "
+    "is no bound. loader_share is the time in "
     "which one thread of the training loader makes a batch, from a small cache on disk with standard deviations, over "
     "the time of a training step: prefetching hides it while it is below the number of threads."
 )
@@ -99,8 +100,8 @@ def bench_diffusion(
         ``loader_share`` (None but for ``train``) and ``peak_memory_bytes`` (None without ``memory``).
         Against the peer, each as ``{"train_fp32": {model: ...}, ...}`` with ``..._compiled`` groups beside them on a
         GPU: ``ratios`` (speed, higher is faster), ``ratio_ranges`` (lowest and highest round), ``memory_ratios`` (lower
-        is smaller). And ``protocol``, with the rates of the matrix product and, on a CPU, the convolution, and which
-        of the two ``mfu`` is against, by precision.
+        is smaller). And ``protocol``, with the rates of the matrix product and the convolution, and which of the two
+        ``mfu`` is against, by precision.
 
     Raises:
         UsageError: diffusers is missing, or a model, precision or size is not one that can be measured.
@@ -233,15 +234,15 @@ def _costs(model: str, size: int) -> dict[str, dict[str, int]]:
 def reference_rates(device: torch.device, precision: Precision, repeats: int) -> dict[str, float]:
     """Return the FLOPs per second that the device reaches in operations by name, each the fastest of the rounds.
 
-    A large square ``matrix product``, and on a CPU a plain ``convolution``, which may be faster there.
+    A large square ``matrix product`` and a plain ``convolution``, which may be the faster one: on a CPU, and where TF32
+    is allowed for convolutions alone, as is PyTorch's default.
     """
     side = 1024 if device.type == "cpu" else 8192
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     passes: dict[str, Callable[[], object]] = {"matrix product": lambda: a @ b}
     flops = {"matrix product": 2 * side**3}
-    if device.type == "cpu":
-        passes["convolution"], flops["convolution"] = convolution_pass(device, MIXED[precision])
+    passes["convolution"], flops["convolution"] = convolution_pass(device, MIXED[precision])
     seconds = time_passes(passes, device, repeats, f"reference, {precision}")
     return {name: flops[name] / min(taken) for name, taken in seconds.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,14 +128,14 @@ def evaluate_reconstruction(
             per_image = work.by_figure(values)
             measured = mean_figures(per_image, intervals=intervals)
             measured.add(features.figures(intervals=intervals))
-            measured.not_computed.update({**work.not_computed, **missing})
+            measured.not_computed.update(work.not_computed)
             measured.protocol.update(work.figure_protocol())
             worst = worst_images(work.data, work.indices, per_image)
             if path is not None:
                 write_per_image(beside(path, "per-image.csv"), work.data, work.indices, per_image)
                 shown = [image["index"] for image in worst.get("lpips") or worst["psnr"]]
                 save_worst(beside(path, "worst-reconstructions.png"), *work.pairs(shown))
-            return _finish(measured, protocol, path, begin, worst)
+            return _finish(measured, missing, protocol, path, begin, worst)
 
         return by_main(accelerator, measure)
 
@@ -219,7 +219,7 @@ def evaluate_generation(
 
         require_same(accelerator, f"--data {data}", reference.fingerprint)
         source = in_agreement(accelerator, open_source)
-        require_same(accelerator, f"--samples {samples}", len(source))
+        require_same(accelerator, f"--samples {samples}" if run is None else f"--run {run}", source.identity())
         path = result_path(out, beside_samples(samples, run))
 
         def look() -> tuple[dict[str, Any], Result | None]:
@@ -247,9 +247,9 @@ def evaluate_generation(
         features.collect(drawn, len(source), 0, source.whole_batch(batch_size), "samples")
 
         def measure() -> Result:
-            measured = Measurement(not_computed=missing, notes=[*source.notes(), *reference.notes()])
+            measured = Measurement(notes=[*source.notes(), *reference.notes()])
             measured.add(features.figures(full="fid", intervals=intervals))
-            return _finish(measured, protocol, path, begin)
+            return _finish(measured, missing, protocol, path, begin)
 
         return by_main(accelerator, measure)
 
@@ -332,6 +332,7 @@ def _networks(
 
 def _finish(
     measured: Measurement,
+    missing: Mapping[str, str],
     protocol: dict[str, Any],
     path: Path | None,
     begin: float,
@@ -340,7 +341,8 @@ def _finish(
     result = Result(
         metrics=measured.metrics,
         intervals={name: (interval.low, interval.high) for name, interval in measured.intervals.items()},
-        not_computed=measured.not_computed,
+        not_computed={**measured.not_computed, **missing},
+        without_weights=tuple(sorted(missing)),
         protocol={**measured.protocol, **protocol, **({"notes": measured.notes} if measured.notes else {})},
         worst=worst or {},
         seconds=round(time.monotonic() - begin, 3),

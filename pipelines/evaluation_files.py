@@ -49,13 +49,13 @@ def beside(path: Path, name: str) -> Path:
 def finished(
     path: Path | None, protocol: Mapping[str, Any], dinov2_sha256: Callable[[], str] | None = None
 ) -> Result | None:
-    """Return the saved result where it is complete and of the same inputs, protocol and versions.
+    """Return the saved result where it is final and of the same inputs, protocol and versions.
 
     ``dinov2_sha256`` gives the hash of the DINOv2 that was asked for, which is the user's: the same folder may hold
     another one by now. The other networks' weights are always the same.
     """
     done = Result.load(path) if path is not None else None
-    if done is None or done.not_computed:
+    if done is None or not done.is_final:
         return None
     if differing := _differing(_known_before(done.protocol), _known_before(protocol)):
         print(f"measuring again, in the place of {path}, which has another {' and '.join(differing)}", file=sys.stderr)

@@ -227,8 +227,9 @@ def _has_changed(variant: Variant, run: Run) -> bool:
         return None not in (measured, autoencoder) and autoencoder.fingerprint() != measured  # type: ignore[union-attr]
     ema = run.config.get("train", {}).get("ema")
     widths = ema.get("widths", []) if isinstance(ema, dict) else []
-    if "model_sha256" not in protocol or protocol.get("ema") not in widths[:1]:
-        return False  # of another average than the one in the model folder
+    in_model_folder = protocol.get("ema") in widths[:1] and protocol.get("ema_step") is None
+    if "model_sha256" not in protocol or not in_model_folder:
+        return False
     try:
         return weights_sha256(load_diffusion(run.path)) != protocol["model_sha256"]
     except WavelatentError:

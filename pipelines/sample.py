@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ..common.distributed_features import by_main
+from ..common.distributed_features import by_main, require_same
 from ..common.errors import Stopped, UsageError
 from ..common.runtime import RuntimeOptions, StopRequest, accelerated
 from ..stage1_autoencoder.autoencoder import Autoencoder
@@ -83,7 +83,8 @@ def sample(
     Raises:
         UsageError: ``out`` holds other files or other samples, or a seed is negative or huge; see also
             :class:`ImageSampler`.
-        WavelatentError: the run has no model yet, its autoencoder is missing or has changed, or the disk is full.
+        WavelatentError: the run has no model yet, its autoencoder is missing or has changed, processes see different
+            models (one was still training), or the disk is full.
         Stopped: by ``max_minutes`` or a signal; the same command goes on.
     """
     begin = time.monotonic()
@@ -94,6 +95,7 @@ def sample(
     with StopRequest(max_minutes) as stop, accelerated(runtime) as accelerator:
         place = device if accelerator.num_processes == 1 else accelerator.device
         sampler = ImageSampler(run, options, device=place, autoencoder=autoencoder)
+        require_same(accelerator, f"--run {run}", sampler.identity())
         writer = SampleWriter(out, sampler.protocol())
         writer.check(overwrite)
         if overwrite or writer.missing(seeds) or extras.interpolate:

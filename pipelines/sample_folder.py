@@ -24,10 +24,12 @@ from ..common.images import save_grid, save_png, to_float
 MANIFEST = "samples.json"
 CONTACT_SHEET = "contact-sheet.png"
 CONTACT_SHEET_IMAGES = 64
+MADE_FROM_SAMPLES = (CONTACT_SHEET, "metrics.json")
+"""What ``sample`` and ``evaluate`` put beside them."""
 WRITERS = 4
 """Threads that compress and write PNG files."""
-NOT_COMPARED = ("run", "guide", "guide_ema")
-"""Parts of the record that do not decide an image: a run may have moved, its weights count."""
+NOT_COMPARED = ("run", "guide", "guide_ema", "guided_by")
+"""Parts of the record that others decide: a run may have moved, its weights count."""
 
 _SEED = re.compile(r"\d{6,}\.png")
 
@@ -66,7 +68,7 @@ class SampleWriter:
         """Write the record; with ``overwrite`` remove the samples that are there, and what was made from them."""
         if overwrite and (self.out / MANIFEST).exists():
             for path in self._visible():
-                if is_sample(path) or path.name == CONTACT_SHEET or path.name.startswith("interpolate-"):
+                if is_sample(path) or path.name in MADE_FROM_SAMPLES or path.name.startswith("interpolate-"):
                     path.unlink()
             (self.out / MANIFEST).unlink()
         write_atomically(self.out / MANIFEST, json.dumps(self.record, indent=2) + "\n")

@@ -156,10 +156,16 @@ class ImageSampler:
             has = f"the classes 0 to {self.model.num_classes - 1}" if self.model.num_classes else "no classes"
             raise UsageError(f"label {options.label}: this run was trained with {has}")
         guided_denoiser(self.model, self.labels([0]), options.sampling, self.weaker)  # refuses what cannot be
-        if options.sampling.guidance != 1 and self.weaker is None and not _train_config(run)["label_dropout"]:
+        if options.sampling.guidance != 1 and self.weaker is None:
+            self._require_unconditional(run, "guide it by another run with --guide")
+        if options.guide is not None and self.weaker is not None and self.weaker.num_classes > self.model.num_classes:
+            self._require_unconditional(options.guide, "give one without classes")
+
+    def _require_unconditional(self, run: Path, advice: str) -> None:
+        if not _train_config(run)["label_dropout"]:
             raise UsageError(
-                f"--guidance {options.sampling.guidance}: {run} was trained with label_dropout 0 and has no "
-                "unconditional output; guide it by another run with --guide"
+                f"--guidance {self.options.sampling.guidance}: {run} was trained with label_dropout 0 and has no "
+                f"unconditional output; {advice}"
             )
 
     @cached_property
@@ -191,8 +197,20 @@ class ImageSampler:
             "guide_ema": None if options.guide is None else _width(options.guide, options.guide_ema),
             "guide_step": options.guide_step,
             "guide_sha256": None if self.weaker is None else weights_sha256(self.weaker),
+            "guided_by": self._guided_by,
             "label": by_seed if options.label is None else options.label,
         }
+
+    @property
+    def _guided_by(self) -> str | None:
+        if self.options.sampling.guidance == 1:
+            return None
+        return "its unconditional output" if self.weaker is None else "a weaker model"
+
+    def identity(self) -> str:
+        """Return the hashes of all weights that decide an image."""
+        models = [self.model, *([] if self.weaker is None else [self.weaker])]
+        return f"{' '.join(map(weights_sha256, models))} {self._inputs['autoencoder']['fingerprint']}"
 
     def labels(self, seeds: Sequence[int]) -> Tensor | None:
         """Return the classes ``[len(seeds)]`` of the images of ``seeds``; None where the run has no classes."""
@@ -220,6 +238,7 @@ class ImageSampler:
                 labels=None if labels is None else labels.expand(points),
                 sampling=self.options.sampling,
                 weaker=self.weaker,
+                pass_rows=self._rows,
             )
             images = [self._decode(latents[at : at + self._rows]) for at in range(0, points, self._rows)]
         return torch.cat(images)[:points]
@@ -253,31 +272,6 @@ class ImageSampler:
                 yield
         except torch.OutOfMemoryError as error:
             raise WavelatentError(f"out of memory: lower --pass-rows {self._rows}, or give --tile") from error
-
-
-def sample_images(
-    run: Path,
-    seeds: Sequence[int],
-    options: SampleOptions = DEFAULT_OPTIONS,
-    *,
-    batch_size: int = 64,
-    device: str | torch.device = "auto",
-    autoencoder: str | Autoencoder | None = None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield ``(seeds of the batch, uint8 images [B, 3, H, W])`` until every seed has had its image.
-
-    ``batch_size`` is how many images are given out at a time, raised to whole passes; it does not change them. The
-    other arguments and the errors are those of :class:`ImageSampler` and its :attr:`~ImageSampler.decoder`.
-    """
-    yield from batches(ImageSampler(run, options, device=device, autoencoder=autoencoder), seeds, batch_size)
-
-
-def batches(sampler: ImageSampler, seeds: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield seeds and images as :func:`sample_images` does."""
-    whole = whole_passes(batch_size, sampler.options.pass_rows)
-    for start in range(0, len(seeds), whole):
-        batch = list(seeds[start : start + whole])
-        yield batch, sampler.draw(batch)
 
 
 def whole_passes(batch_size: int, pass_rows: int) -> int:

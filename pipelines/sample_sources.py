@@ -43,6 +43,10 @@ class SampleSource(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
+    def identity(self) -> str:
+        """Return what tells a process that another one has other samples; cheaper than to read them."""
+
+    @abstractmethod
     def protocol(self) -> dict[str, Any]:
         """Return what identifies the samples."""
 
@@ -93,6 +97,11 @@ class SampleFolder(SampleSource):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def identity(self) -> str:
+        """Return a digest of the files' names and sizes."""
+        listing = "".join(f"{path.name}\0{path.stat().st_size}\n" for path in self.paths)
+        return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
 
     def protocol(self) -> dict[str, Any]:
         """Return the folder, a fingerprint over the files' bytes, and how they were drawn where ``sample`` says so."""
@@ -158,6 +167,10 @@ class SampleArray(SampleSource):
     def __len__(self) -> int:
         return len(self._images)
 
+    def identity(self) -> str:
+        """Return how many images there are and how large the file is."""
+        return f"{len(self)} images, {self._file.path.stat().st_size} bytes"
+
     def protocol(self) -> dict[str, Any]:
         """Return the file and its fingerprint; it does not say how it was drawn."""
         samples = {"path": str(self._file.path), "fingerprint": self._file.fingerprint}
@@ -185,6 +198,10 @@ class RunSamples(SampleSource):
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+    def identity(self) -> str:
+        """Return the hashes of all weights that decide an image."""
+        return self._sampler.identity()
 
     def protocol(self) -> dict[str, Any]:
         """Return what decides the images: the run's weights, the sampler and the seeds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -68,14 +69,15 @@ def generate_interpolation(
     labels: Tensor | None = None,
     sampling: Sampling = DEFAULT_SAMPLING,
     weaker: LatentDiffusion | None = None,
+    pass_rows: int | None = None,
 ) -> Tensor:
     """Return raw latents ``[points, C, h, w]`` that lead from one seed to another.
 
     The start noise is interpolated spherically between the two seeds' (Song et al. 2021, arXiv 2010.02502, appendix
     D.5). So is the noise of every later step of a stochastic sampler, at the same fraction (ours): every point then
     sees noise of the right strength throughout, neighbours stay alike, and both ends are what `generate_latents` makes
-    of the seeds. ``labels [points]`` are the classes of the points; the other arguments are those of
-    `generate_latents`.
+    of the seeds. ``labels [points]`` are the classes of the points, ``pass_rows`` how many of them the networks see at
+    a time (None: all), of which the last pass is filled up; the other arguments are those of `generate_latents`.
 
     Raises:
         UsageError: fewer than 2 points; see also `generate_latents`.
@@ -85,11 +87,16 @@ def generate_interpolation(
     if labels is not None and labels.shape != (points,):
         raise ValueError(f"give one label per point: {points} points, labels of shape {tuple(labels.shape)}")
 
-    def noise(stream: str) -> Tensor:
+    def noise(rows: Sequence[int], stream: str) -> Tensor:
         first, second = image_noise(seed_pair, model.latent_shape, stream)
-        return spherical_interpolation(first, second, points)
+        return spherical_interpolation(first, second, points)[rows]
 
-    return _generate(model, noise, labels, sampling, weaker)
+    size, parts = pass_rows or points, []
+    for start in range(0, points, size):
+        rows = [min(start + row, points - 1) for row in range(size)]
+        of_rows = None if labels is None else labels[rows]
+        parts.append(_generate(model, partial(noise, rows), of_rows, sampling, weaker))
+    return torch.cat(parts)[:points]
 
 
 def spherical_interpolation(first: Tensor, second: Tensor, points: int) -> Tensor:

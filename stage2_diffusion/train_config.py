@@ -31,7 +31,7 @@ class QuickEvaluationConfig(Config):
     num_reference: int | None = Field(5_000, ge=2)
     """Images of the cache's data that they are compared with, or as many as there are; None is all."""
     sample_steps: int = Field(18, ge=1)
-    """Heun steps."""
+    """Steps of DPM-Solver++ (2M), each one evaluation."""
     batch_size: int = Field(64, ge=1)
     """Samples at a time, per process."""
 
@@ -72,7 +72,7 @@ class DiffusionTrainConfig(Config):
     num_samples: int = Field(16, ge=1)
     """Images in a grid."""
     sample_steps: int = Field(18, ge=1)
-    """Heun steps of a grid."""
+    """Steps of DPM-Solver++ (2M) for a grid."""
 
     def images_at(self, step: int) -> int:
         """Return the images seen before ``step``."""

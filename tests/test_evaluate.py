@@ -315,6 +315,9 @@ def test_a_run_is_sampled_in_memory(data, samples, monkeypatch, tmp_path):
             self.model = SimpleNamespace(latent_shape=(4, SIZE // 2, SIZE // 2))
             self.decoder = SimpleNamespace(downsampling=2)
 
+        def identity(self):
+            return "m"
+
         def protocol(self):
             return {"model_sha256": "m", "ema": 1, "sampler": self.options.sampling.sampler}
 

@@ -87,7 +87,7 @@ def _statistics_of(pixels: np.ndarray) -> dict[str, np.ndarray]:
     return {"mu": statistics.mean.numpy(), "sigma": statistics.covariance.numpy()}
 
 
-def test_given_statistics_are_accepted_for_fid_alone_and_flagged(data, samples, tmp_path):
+def test_given_statistics_are_accepted_for_fid_alone_and_flagged(data, samples, tmp_path, capsys):
     of_images = evaluate_generation(samples=samples, data=str(data), dinov2="some/folder")
     np.savez(tmp_path / "stats.npz", **_statistics_of(pixels(0)))
     given = str(tmp_path / "stats.npz")
@@ -100,6 +100,8 @@ def test_given_statistics_are_accepted_for_fid_alone_and_flagged(data, samples, 
     assert "6 features, not 3" in result.not_computed["fd_dinov2"]
     assert result.protocol["num_reference"] is None
     assert result.protocol["reference_statistics"]
+    assert evaluate_generation(samples=samples, data=given, dinov2="some/folder", out=tmp_path / "out") == result
+    assert "already measured" in capsys.readouterr().err, "there is nothing more to be had"
     assert any(note.startswith("given-statistics:") for note in result.protocol["notes"])
     assert any(
         line.startswith("reference_statistics")
@@ -214,6 +216,8 @@ def test_dinov2_has_a_name_of_its_own_and_needs_no_inception(data, samples, monk
     others = {"fid", "kid_mean", "kid_std", "precision", "recall", "density", "coverage"}
     assert alone.not_computed == dict.fromkeys(others, "not here")
     assert "fid" not in alone.metrics
+    monkeypatch.undo()
+    assert not Result.load(samples / "metrics.json").is_final, "what was missing may be here next time"
 
 
 def test_every_image_has_its_figures_and_the_worst_are_listed_and_shown(data, tmp_path):

@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
 from tiny_evaluation import COUNT, HalfSize, TinyInception, pixels, write_folder
 from torch import Tensor
 
@@ -23,6 +26,7 @@ from wavelatent.common.reference_features import choose_images
 from wavelatent.pipelines import evaluate
 from wavelatent.pipelines.evaluate import evaluate_generation, evaluate_reconstruction
 from wavelatent.pipelines.evaluation_inputs import open_reference
+from wavelatent.pipelines.sample_sources import open_samples
 
 PATIENCE = 120
 """Seconds that a process may take; one that waits for another for ever is killed, and the test fails."""
@@ -197,3 +201,19 @@ def test_what_happens_in_one_process_ends_all_of_them(how, data, samples, tmp_pa
     for each in found:
         assert each["error"] == kinds.get(how, WavelatentError).__name__
         assert texts.get(how, "lower the batch size") in each["text"]
+
+
+def test_processes_that_see_other_samples_are_refused_by_name(data, samples, tmp_path, monkeypatch):
+    """As many images of one size in both."""
+    other = tmp_path / "other"
+    shutil.copytree(samples, other)
+    first = min(other.glob("*.png"))
+    Image.fromarray(np.asarray(Image.open(first)) // 2).save(first)
+
+    def of_one_machine(folder: Path, num: int | None) -> object:
+        return open_samples(other if PartialState().process_index == 1 else folder, num)
+
+    monkeypatch.setattr(evaluate, "open_samples", of_one_machine)
+    for found in together(2, lambda: evaluate_generation(samples=samples, data=str(data), device="cpu"), tmp_path):
+        assert found["error"] == "WavelatentError"
+        assert f"--samples {samples} is not the same in process 0 and in process 1" in found["text"]

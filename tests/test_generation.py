@@ -158,6 +158,11 @@ def test_an_interpolation_leads_from_one_seed_to_the_other(sampler):
     path = generate_interpolation(model, (7, 8), 5, labels=labels, sampling=sampling)
     ends = generate_latents(model, [7, 8], labels=torch.tensor([1, 0]), sampling=sampling)
     torch.testing.assert_close(path[[0, -1]], ends, rtol=1e-4, atol=1e-4)
+    seen = []
+    model.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    apart = generate_interpolation(model, (7, 8), 5, labels=labels, sampling=sampling, pass_rows=3)
+    torch.testing.assert_close(apart, path, rtol=1e-4, atol=1e-4)
+    assert set(seen) == {3}
     steps = path.diff(dim=0).flatten(1).norm(dim=1)
     assert (steps > 0).all()
     assert steps.max() < (path[-1] - path[0]).norm()  # no jump

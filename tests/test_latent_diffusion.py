@@ -88,4 +88,4 @@ def test_what_is_generated_is_raw_latents_with_the_mean_and_std_of_the_data(monk
     channels = raw.transpose(0, 1).flatten(1)  # 300 x 4 x 6 = 7200 draws of each
     assert channels.mean(dim=1).tolist() == pytest.approx(STATISTICS["mean"], abs=4 * 4.0 / math.sqrt(7200))
     for std, expected in zip(channels.std(dim=1).tolist(), STATISTICS["std"], strict=True):
-        assert std == pytest.approx(expected, rel=4 / math.sqrt(2 * 7200) + 0.01)  # chance, and 32 steps of Heun
+        assert std == pytest.approx(expected, rel=4 / math.sqrt(2 * 7200) + 0.01)  # chance, and 32 steps

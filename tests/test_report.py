@@ -243,10 +243,11 @@ def test_metrics_of_other_weights_are_doubted(two: tuple[Path, Path], monkeypatc
     denoiser = torch.nn.Linear(2, 3)
     monkeypatch.setattr(report_runs, "load_diffusion", lambda run: denoiser)
 
-    def doubts(fingerprint: str, weights: str, ema: float = 0.1) -> list[str]:
+    def doubts(fingerprint: str, weights: str, ema: float = 0.1, ema_step: int | None = None) -> list[str]:
         content = result(autoencoder={"fingerprint": fingerprint})
         write(two[1] / "evaluation-reconstruction" / "metrics.json", content)
-        content = {"metrics": {"fid": 3.0}, "protocol": {"model_sha256": weights, "ema": ema}}
+        protocol = {"model_sha256": weights, "ema": ema, "ema_step": ema_step}
+        content = {"metrics": {"fid": 3.0}, "protocol": protocol}
         write(two[0] / "evaluation-generation" / "metrics.json", content)
         notes = [note for variant in read_variants(two) for note in variant.notes]
         return [note for note in notes if note.endswith("are not of the weights that it has now; run evaluate again")]
@@ -257,6 +258,7 @@ def test_metrics_of_other_weights_are_doubted(two: tuple[Path, Path], monkeypatc
         f"the metrics of {run}" for run in two
     ]
     assert doubts(now[0], "c" * 64, ema=0.05) == [], "the model folder holds another average"
+    assert doubts(now[0], "c" * 64, ema_step=3) == [], "or that of another step"
 
 
 def test_no_absolute_path_is_left() -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from wavelatent.common.run_folder import save_model_folder
 from wavelatent.pipelines.comparison import protocol_differences
 from wavelatent.pipelines.sample import Extras, sample
 from wavelatent.pipelines.sample_folder import SampleWriter
-from wavelatent.pipelines.sample_images import ImageSampler, SampleOptions, ema_choice, sample_images, weights_sha256
+from wavelatent.pipelines.sample_images import ImageSampler, SampleOptions, ema_choice, weights_sha256
 from wavelatent.pipelines.sample_sources import RunSamples, SampleFolder
 from wavelatent.stage2_diffusion.generation import draw_labels, generate_latents
 from wavelatent.stage2_diffusion.model import LatentDiffusion
@@ -52,7 +53,7 @@ def with_classes(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def images(run: Path, seeds: list[int], options: SampleOptions = OPTIONS, **more: object) -> torch.Tensor:
-    return torch.cat([batch for _, batch in sample_images(run, seeds, options, device="cpu", **more)])  # type: ignore[arg-type]
+    return ImageSampler(run, options, device="cpu", **more).draw(seeds)  # type: ignore[arg-type]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -100,7 +101,7 @@ def test_the_images_beside_it_and_its_place_do_not_matter(run: Path, sampler: st
     seeds = [3, 1, 4, 159, 2]
     together = images(run, seeds, options)
     assert together.shape == (5, 3, 4 * H, 4 * W)
-    assert torch.equal(images(run, seeds[::-1], options, batch_size=1).flip(0), together)
+    assert torch.equal(images(run, seeds[::-1], options).flip(0), together)
     assert torch.equal(images(run, [159], options), together[3:4])
     assert (together[0].int() - together[1].int()).abs().max() > 5
 
@@ -131,8 +132,9 @@ def test_sampling_resumes_and_refuses_to_mix(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="another rho, pass_rows"):
         sample(run, out, [9], SampleOptions(Sampling("euler", 2, rho=3.0)), device="cpu")
     changed = SampleOptions(Sampling("euler", 3), pass_rows=4)
+    (out / "metrics.json").write_text("{}")
     assert sample(run, out, range(2), changed, device="cpu", overwrite=True)["written"] == 2
-    assert sorted(files(out)) == ["000000.png", "000001.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png", "samples.json"]
 
 
 def test_commands_with_seeds_of_their_own_may_fill_one_folder(
@@ -194,6 +196,11 @@ def test_guidance_acts_and_is_recorded(run: Path, with_classes: Path, autoencode
     auto = ImageSampler(run, options, device="cpu")
     assert not torch.equal(auto.draw([0, 1]), images(run, [0, 1]))
     assert auto.protocol()["guide_sha256"] == weights_sha256(random_model(1)) != auto.protocol()["model_sha256"]
+    other = write_run(tmp_path / "other", autoencoder, seed=2)
+    same = ImageSampler(run, replace(options, guide=other), device="cpu").protocol()
+    assert protocol_differences(auto.protocol(), same, "fid") == [], "guided alike, by a weaker run of its own"
+    differing = protocol_differences(auto.protocol(), {**record, "guidance_interval": None}, "fid")
+    assert [line.partition(" (")[0] for line in differing] == ["guided_by", "label"]
 
 
 def test_another_ema_width_is_other_weights(autoencoder: Path, tmp_path: Path) -> None:
@@ -265,13 +272,16 @@ def test_the_best_model_can_be_sampled(autoencoder: Path, tmp_path: Path) -> Non
         ema_choice("most")
 
 
-def test_guidance_by_an_output_that_was_never_trained_is_refused(with_classes: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(with_classes, run)
-    config = run / "config.yaml"
+def test_guidance_by_an_output_that_was_never_trained_is_refused(run: Path, with_classes: Path, tmp_path: Path) -> None:
+    untrained = tmp_path / "run"
+    shutil.copytree(with_classes, untrained)
+    config = untrained / "config.yaml"
     config.write_text(config.read_text().replace("label_dropout: 0.1", "label_dropout: 0.0"))
+    with pytest.raises(UsageError, match=r"label_dropout 0 .*; give one without classes"):
+        ImageSampler(run, SampleOptions(Sampling(guidance=2.0), guide=untrained), device="cpu")
+    ImageSampler(run, SampleOptions(Sampling(guidance=2.0), guide=with_classes), device="cpu")
     with pytest.raises(UsageError, match="label_dropout 0"):
-        ImageSampler(run, SampleOptions(Sampling("euler", 2, guidance=2.0)), device="cpu")
+        ImageSampler(untrained, SampleOptions(Sampling("euler", 2, guidance=2.0)), device="cpu")
 
 
 @pytest.mark.parametrize("labelled", [False, True])

@@ -17,7 +17,7 @@ from wavelatent.pipelines.encode import encode
 from wavelatent.pipelines.evaluate import evaluate_reconstruction
 from wavelatent.pipelines.loading import load_autoencoder
 from wavelatent.pipelines.sample import sample
-from wavelatent.pipelines.sample_images import SampleOptions, sample_images
+from wavelatent.pipelines.sample_images import ImageSampler, SampleOptions
 from wavelatent.pipelines.train_diffusion import train_diffusion
 from wavelatent.stage1_autoencoder.autoencoder import Autoencoder, AutoencoderConfig
 from wavelatent.stage1_autoencoder.tiling import TiledAutoencoder
@@ -103,7 +103,7 @@ def test_sampling_in_tiles_is_recorded_and_not_mixed(ae: str, cache: Path, tmp_p
     assert sample(run, out, [7], options[16], device="cpu")["tile"] == 16
     with pytest.raises(UsageError, match="another tile"):
         sample(run, out, [7, 8], options[None], device="cpu")
-    (_, whole), (_, pieces) = (next(sample_images(run, [7], options[tile], device="cpu")) for tile in (None, 16))
+    whole, pieces = (ImageSampler(run, options[tile], device="cpu").draw([7]) for tile in (None, 16))
     assert whole.shape == pieces.shape == (1, 3, SIZE, SIZE)
     assert not torch.equal(whole, pieces)
 
