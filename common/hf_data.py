@@ -7,7 +7,6 @@ same transform as those of an image folder.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, WavelatentError
@@ -32,8 +31,10 @@ class HubImages:
         self._columns = _Columns(spec, self._table.features)
         self.class_names = self._columns.class_names
         self._table = self._table.cast_column(self._columns.image, _undecoded())
-        labels = self._columns.label
-        self._labels = [int(label) for label in self._table[labels]] if labels else None
+        labels = list(self._table[self._columns.label]) if self._columns.label else []
+        if all(map(_is_missing, labels)):
+            self.class_names, labels = [], []
+        self._labels = [_label(spec, row, label) for row, label in enumerate(labels)]
 
     def __len__(self) -> int:
         return len(self._table)
@@ -77,7 +78,7 @@ class HubStream:
                 yield Decoded(None, None, SkippedFile(f"row {number}", str(error)))
             else:
                 label = self._columns.label
-                yield Decoded(image, int(row[label]) if label else None, None)
+                yield Decoded(image, _label(self.spec, number, row[label]) if label else None, None)
 
 
 class _Columns:
@@ -95,6 +96,20 @@ class _Columns:
         usable = [name for name in LABEL_COLUMNS if name in classes]
         self.label: str | None = usable[0] if usable else None
         self.class_names: list[str] = list(features[self.label].names) if self.label else []
+
+
+def _is_missing(label: int | None) -> bool:
+    """Return whether there is no class, which ``datasets`` also writes as -1."""
+    return label is None or label < 0
+
+
+def _label(spec: str, row: int, label: int | None) -> int:
+    """Return the class. Raises :class:`WavelatentError` where there is none."""
+    if label is None or label < 0:
+        raise WavelatentError(
+            f"{spec}: row {row} has no class: take a split in which all rows have one, or, without --streaming, none"
+        )
+    return int(label)
 
 
 def _parse(spec: str) -> tuple[str, str]:
@@ -142,4 +157,7 @@ def _payload(cell: Mapping[str, Any] | None) -> bytes:
         raise BadImageError("empty cell")
     if cell["bytes"] is not None:
         return bytes(cell["bytes"])
-    return Path(cell["path"]).read_bytes()
+    from datasets.utils.file_utils import xopen
+
+    with xopen(cell["path"], "rb") as file:  # a streamed one is a URL, or a file in an archive behind one
+        return file.read()

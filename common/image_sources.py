@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .errors import UsageError, WavelatentError
 from .transforms import BadImageError, ImageTransform, decode
-from .worker_processes import leave_signals_to_parent, started
+from .worker_processes import CONTEXT, leave_signals_to_parent, started
 
 T = TypeVar("T")
 NAMED_FILES = 3
@@ -103,6 +103,7 @@ def ordered_map(function: Callable[[int], T], indices: Sequence[int], num_worker
         batch_size=chunk,
         collate_fn=list,
         num_workers=num_workers,
+        multiprocessing_context=CONTEXT,
         worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # of its own: the default draws from, and so changes, the global one
     )

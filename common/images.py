@@ -25,7 +25,7 @@ from .image_folders import FolderImages
 from .image_sources import CheckedImages, SkippedFile
 from .ordering import step_flips, step_indices
 from .prepared import PreparedFolder, is_prepared, require_size
-from .worker_processes import leave_signals_to_parent, started
+from .worker_processes import CONTEXT, leave_signals_to_parent, started
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,7 @@ def _loader(batches: Dataset[Batch], order: Iterable[int], num_workers: int) -> 
         sampler=order,
         collate_fn=_unchanged,
         num_workers=num_workers,
+        multiprocessing_context=CONTEXT if num_workers else None,
         worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # of its own: the default draws from, and so changes, the global one
     )

@@ -12,7 +12,7 @@ import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -188,7 +188,10 @@ def _read_torch_hub(source: WeightsSource) -> LoadedWeights | None:
     path = Path(torch.hub.get_dir()) / "checkpoints" / source.filename
     if not path.is_file() or not sha256_file(path).startswith(source.sha256_prefix):
         return None
-    return _write_cache(source, _from_standard(source, path, str(path)))
+    loaded = _from_standard(source, path, str(path))
+    with suppress(OSError):  # they are there all the same where the cache cannot be written
+        return _write_cache(source, loaded)
+    return loaded
 
 
 def _fetch(source: WeightsSource) -> LoadedWeights:

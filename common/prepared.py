@@ -97,6 +97,10 @@ class PreparedFolder:
         self._labels = [self._open_labels(shard) for shard in self.manifest.shards] if self.num_classes else None
         self._starts = np.cumsum([0] + [shard.count for shard in self.manifest.shards])
 
+    def __reduce__(self) -> tuple[type[PreparedFolder], tuple[Path]]:
+        """Pickle the place: a worker process that is not forked opens the files itself instead of getting a copy."""
+        return type(self), (self.root,)
+
     def __len__(self) -> int:
         return self.manifest.count
 

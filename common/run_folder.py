@@ -47,22 +47,25 @@ MAY_CHANGE = {
 shows."""
 
 CONTENTS = (
-    "config.yaml",
-    "inputs.json",
+    "checkpoints",
     "environment.json",
     "metrics.jsonl",
     "events.jsonl",
     "status.json",
     "best",
-    "checkpoints",
     "ema",
     "evaluation-generation",
     "evaluation-reconstruction",
     "model",
     "samples",
     "tensorboard",
+    "config.yaml",
+    "inputs.json",
 )
-"""What ``--overwrite`` removes from a run folder; whatever else lies there is not ours."""
+"""What ``--overwrite`` removes from a run folder, in this order; whatever else lies there is not ours.
+
+Where that is cut short, what is left has no checkpoint to go on from, and is known as a run to the end.
+"""
 
 
 class RunFolder:

@@ -45,6 +45,8 @@ class TrainingState:
     shown: PyTorchModelHubMixin
     step: int = 0
     seconds_before: float = 0.0
+    restored_step: int | None = None
+    """The step of the checkpoint that the run goes on from."""
 
     @property
     def images_seen(self) -> int:
@@ -57,7 +59,7 @@ class TrainingState:
             return
         checkpoint = Checkpoint.open(path)
         checkpoint.restore(self.modules, self.optimizers)
-        self.step = checkpoint.step
+        self.step = self.restored_step = checkpoint.step
         self.seconds_before = float(checkpoint.counters["seconds"])
         scaler = self.accelerator.scaler
         if scaler is not None and checkpoint.counters["scaler"]:
@@ -72,22 +74,26 @@ class TrainingState:
     def save(self, clock: Clock, state: str) -> None:
         """Write a checkpoint, the model folder and the status ``state``; every process must call it."""
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            save_checkpoint(
-                self.run.path,
-                self.step,
-                modules=self.modules,
-                optimizers=self.optimizers,
-                counters={
-                    "images": self.images_seen,
-                    "seconds": clock.seconds,
-                    "scaler": None if scaler is None else scaler.state_dict(),
-                },
-                keep=self.config.keep,
-            )
+            if self.step != self.restored_step:  # else it is there, and the only good copy is not to be touched
+                self._save_checkpoint(clock)
             self.run.save_model(self.shown)
             self.run.set_status(state, self.step, self.config.steps, clock.eta(self.step, self.config.steps))
         self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, clock: Clock) -> None:
+        scaler = self.accelerator.scaler
+        save_checkpoint(
+            self.run.path,
+            self.step,
+            modules=self.modules,
+            optimizers=self.optimizers,
+            counters={
+                "images": self.images_seen,
+                "seconds": clock.seconds,
+                "scaler": None if scaler is None else scaler.state_dict(),
+            },
+            keep=self.config.keep,
+        )
 
     def agree_on_bad(self, bad: str | None) -> str | None:
         """Return the bad term's name where any process has one, so that all of them stop."""

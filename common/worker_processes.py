@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
+
+CONTEXT = "fork" if sys.platform == "linux" else None
+"""How workers start, a ``multiprocessing_context`` for a loader that has any.
+
+A forked one has the data already, and its parent is the process that trains. Python 3.14 starts others.
+"""
 
 
 def started(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -152,8 +152,9 @@ def diagnose(
     health = examine(Given(autoencoder, gathered, batch_size, lpips, extractor), wanted)
     health.not_computed.update(missing)
     record = _record(health, protocol, seconds=round(time.monotonic() - begin, 3))
+    page = health_page(health, record)  # before the record is written, which says that all is there
+    write_atomically(out / PAGE, page)
     write_atomically(out / RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
-    write_atomically(out / PAGE, health_page(health, record))
     return {**record, "page": str(out / PAGE), "already_finished": False}
 
 

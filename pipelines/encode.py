@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..common.distributed_features import by_main
 from ..common.errors import Stopped, UsageError
 from ..common.images import ImageData, iterate_batches, open_data
 from ..common.latent_cache import MANIFEST, AutoencoderRecord, CacheDtype, DataRecord, LatentCache, Manifest
@@ -180,8 +181,7 @@ def _write_cache(
             f"encode stopped ({stop.reason or 'another process'}) with {total - missing} of {total} shards finished "
             "and everything encoded so far saved; run the same command to go on"
         )
-    if accelerator.is_main_process:
-        writer.finish()
+    by_main(accelerator, lambda: bool(writer.finish()))  # it reads everything again, which may take minutes
 
 
 def _write_shards(

@@ -257,9 +257,11 @@ def _require_free(out: Path) -> None:
 
 
 def _remove_prepared(out: Path) -> None:
-    """Remove an earlier request's files, the manifest first, so that a crash half-way leaves no false data set."""
+    """Remove an earlier request's files, so that a crash half-way leaves no data set, and what can be removed again."""
     if not is_prepared(out):
         return
+    if not (out / PROGRESS).is_file():
+        write_record(out / PROGRESS, Progress(request={}, class_names=[]))  # says whose the folder is; removed last
     _remove(out, (MANIFEST, *SHARDS, PROGRESS))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..common.checkpoints import latest_checkpoint
 from ..common.errors import UsageError
 from ..common.images import ImageData
 from ..common.run_folder import RunFolder
@@ -17,6 +18,7 @@ from ..stage1_autoencoder.kl_vae import KLEncoderConfig
 from ..stage1_autoencoder.pretrained import resolve_pretrained
 from ..stage1_autoencoder.trainer import AutoencoderTrainer
 from .loading import DIFFUSERS, load_autoencoder
+from .report_runs import read_json
 from .run_config import AutoencoderRunConfig
 
 if TYPE_CHECKING:
@@ -30,7 +32,10 @@ def train_autoencoder(config: AutoencoderRunConfig, *, data: ImageData, out: Pat
     SIGTERM, SIGINT or ``max_minutes``, and :class:`Diverged` when a loss is no longer finite; all is saved then.
     """
     config = config.model_copy(update={"model": resolve_pretrained(config.model)})
-    initial = None if config.init is None else _initial(config.init, config.model)
+    initial, from_init = None, None
+    if config.init is not None and (from_init := _known_init(config.init, out, options.overwrite)) is None:
+        initial = _initial(config.init, config.model)
+        from_init = {"spec": config.init, "fingerprint": initial.fingerprint()}
     with (
         StopRequest(options.max_minutes) as stop,
         accelerated(options, config.train.gradient_accumulation) as accelerator,
@@ -39,14 +44,25 @@ def train_autoencoder(config: AutoencoderRunConfig, *, data: ImageData, out: Pat
             "kind": "autoencoder",
             "data": {"spec": data.spec, "fingerprint": data.fingerprint(), "transform": data.transform},
         }
-        if initial is not None:
-            identity["init"] = {"spec": config.init, "fingerprint": initial.fingerprint()}
+        if from_init is not None:
+            identity["init"] = from_init
         main = accelerator.is_main_process
         with RunFolder(out, config, identity, overwrite=options.overwrite, is_main=main) as run:
             if run.finished(config.train.steps):
                 return False
             _trainer(config, initial, data, run, accelerator).train(stop)
     return True
+
+
+def _known_init(spec: str, out: Path, overwrite: bool) -> dict[str, Any] | None:
+    """Return what ``out`` recorded of the same ``init``, where it is past its first step: that needs no weights more.
+
+    None where the weights are needed, or lie on this machine: other ones under the same name are another run.
+    """
+    recorded = read_json(out / "inputs.json").get("init", {})
+    started = not overwrite and latest_checkpoint(out) is not None and recorded.get("spec") == spec
+    is_here = Path(spec.removeprefix(DIFFUSERS)).exists()
+    return recorded if started and not is_here else None
 
 
 def _initial(spec: str, model: AutoencoderConfig) -> Autoencoder:
@@ -85,5 +101,7 @@ def _trainer(
             accelerator=accelerator,
             initial=None if initial is None else initial.state_dict(),
         )
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, RuntimeError) as error:  # what a library says of a size or an option that cannot be
         raise UsageError(f"this model cannot take images of {data.size} px: {' '.join(str(error).split())}") from error

@@ -26,7 +26,7 @@ class WaveletCharbonnierConfig(Config):
     epsilon: float = Field(1e-3, gt=0)
     """Below differences of this size the loss is quadratic; ours."""
     levels: int = Field(1, ge=1)
-    """Sides must divide by ``2^levels``; one level, the finest, is ours."""
+    """Of the wavelet transform; one level, the finest, is ours."""
 
 
 class HighPassConfig(Config):

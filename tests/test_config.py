@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from wavelatent.common.config import Config, dump_yaml, find_config, load_config, preset_names, read_config
+from wavelatent.common.config import Config, dump_yaml, find_config, load_config, parse_yaml, preset_names, read_config
 from wavelatent.common.errors import UsageError
 
 
@@ -46,6 +46,10 @@ def test_overrides_and_scientific_notation(yaml_file):
     config = load_config(Run, source, ["steps=7", "model.channels=16"])
     assert (config.lr, config.steps, config.model.channels) == (1e-4, 7, 16)
     assert config.model.bottleneck == Kl(weight=5e-7)
+
+
+def test_merge_keys_are_merged() -> None:
+    assert parse_yaml("a: &a {b: 1, c: 2}\nd: {<<: *a, c: 3}", "x") == {"a": {"b": 1, "c": 2}, "d": {"b": 1, "c": 3}}
 
 
 def test_dump_reads_back_equal(yaml_file):

@@ -276,6 +276,23 @@ def test_a_finished_report_is_left_alone_until_something_changes(
     assert not run(bounded, tmp_path, only=["scale"])["already_finished"]
 
 
+def test_a_page_that_could_not_be_drawn_leaves_no_record(
+    planned: None, gaussian: str, bounded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(gaussian, tmp_path, only=["scale"])
+    before = (tmp_path / "health.json").read_bytes()
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "health_page", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(bounded, tmp_path, only=["scale"])
+    assert (tmp_path / "health.json").read_bytes() == before
+    assert not run(bounded, tmp_path, only=["scale"])["already_finished"]
+
+
 def test_what_could_not_be_computed_is_tried_again(planned: None, gaussian: str, tmp_path: Path) -> None:
     assert "geometry" in run(gaussian, tmp_path)["not_computed"]
     assert not run(gaussian, tmp_path)["already_finished"]

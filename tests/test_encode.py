@@ -1,7 +1,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,6 +213,11 @@ def test_all_processes_decide_alike_whether_the_cache_is_complete(
         yield Process(rank.index, 2, barrier)
         barrier.wait(timeout=30)
 
+    def by_main(process: Process, work: Callable[[], object]) -> None:
+        if process.is_main_process:
+            work()
+        barrier.wait(timeout=30)
+
     counted = CacheWriter.num_missing.fget
     assert counted is not None
 
@@ -226,6 +231,7 @@ def test_all_processes_decide_alike_whether_the_cache_is_complete(
         return run(tmp_path)
 
     monkeypatch.setattr("wavelatent.pipelines.encode.accelerated", accelerated)
+    monkeypatch.setattr("wavelatent.pipelines.encode.by_main", by_main)
     monkeypatch.setattr(CacheWriter, "num_missing", property(num_missing))
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(process, [0, 1]))

@@ -1,5 +1,6 @@
 import io
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -72,6 +73,35 @@ def test_streaming_prepares_the_same_folder(table: str, tmp_path: Path) -> None:
     for key in ("count", "fingerprint", "skipped", "class_names"):
         assert mapped[key] == streamed[key]
     assert prepare(table, 8, tmp_path / "few", max_bad_fraction=0.5, streaming=True, max_images=6)["count"] == 5
+
+
+def test_an_archive_of_files_is_streamed(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with ZipFile(tmp_path / "photos" / "train.zip", "w") as archive:
+        for number in range(3):
+            archive.writestr(f"{number}.png", png(number))
+    spec = f"hf:{tmp_path / 'photos'}"
+    mapped = prepare(spec, 8, tmp_path / "mapped", num_workers=0)
+    assert prepare(spec, 8, tmp_path / "streamed", streaming=True)["fingerprint"] == mapped["fingerprint"]
+
+
+@pytest.mark.parametrize("missing", [None, -1])
+def test_rows_without_a_class(tmp_path: Path, missing: int | None) -> None:
+    """A split without any, as of a test set, is data without classes; one with some has to have them all."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+    images = [{"bytes": png(number), "path": None} for number in range(3)]
+    for name, labels in (("none", [missing] * 3), ("some", [1, missing, 0])):
+        (tmp_path / name).mkdir()
+        table = Dataset.from_dict({"image": images, "label": labels}, features=features)
+        table.to_parquet(str(tmp_path / name / "train.parquet"))
+    data = open_data(f"hf:{tmp_path / 'none'}", size=8)
+    assert (data.class_names, data.num_classes, data.label(0)) == ([], 0, None)
+    for streaming in (False, True):
+        with pytest.raises(WavelatentError, match="row 1 has no class"):
+            prepare(f"hf:{tmp_path / 'some'}", 8, tmp_path / f"out {streaming}", num_workers=0, streaming=streaming)
 
 
 def test_a_stream_goes_on_where_it_was_cut(table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from PIL import Image
 
 from wavelatent.common.errors import Stopped, UsageError, WavelatentError
 from wavelatent.common.images import open_data
+from wavelatent.common.prepared import PreparedFolder
 from wavelatent.pipelines import prepare as module
 from wavelatent.pipelines.prepare import prepare
 
@@ -146,6 +148,27 @@ def test_another_request_is_refused_by_name_and_overwrite_begins_again(photos: s
     assert sorted(contents(out)) == ["images-00000.npy", "labels-00000.npy", "manifest.json"]
 
 
+def test_an_overwrite_that_was_cut_short_goes_on(photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    run(photos, out)
+    unlink = Path.unlink
+
+    def cut(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".npy":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run("synthetic:3", out, overwrite=True)
+    assert "manifest.json" not in contents(out)
+    with pytest.raises(UsageError, match="--overwrite"):
+        run("synthetic:3", out)
+    assert run("synthetic:3", out, overwrite=True)["count"] == 3
+    assert sorted(contents(out)) == ["images-00000.npy", "labels-00000.npy", "manifest.json"]
+
+
 def test_a_folder_of_something_else_is_left_alone(photos: str, tmp_path: Path) -> None:
     before = contents(Path(photos) / "ant")
     for overwrite in (False, True):
@@ -229,3 +252,11 @@ def test_a_missing_source_or_a_file_as_target_is_a_usage_error(tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
         run("synthetic:3", tmp_path / "file")
+
+
+def test_a_pickled_folder_is_its_place_and_not_its_pixels(photos: str, tmp_path: Path) -> None:
+    run(photos, tmp_path / "out")
+    data = PreparedFolder(tmp_path / "out")
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 1_000
+    assert (pickle.loads(pickled).image(3) == data.image(3)).all()

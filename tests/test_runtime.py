@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from wavelatent.common import run_folder
 from wavelatent.common.checkpoints import Checkpoint, checkpoints, latest_checkpoint, save_checkpoint
 from wavelatent.common.config import Config
 from wavelatent.common.ema import EMA, EMAConfig
@@ -139,6 +140,19 @@ def test_nothing_is_written_or_deleted_before_begin_and_then_only_what_is_ours(t
     assert latest_checkpoint(path) is None
     assert "lr: 1.0" in (path / "config.yaml").read_text()
     assert (path / "thesis.tex").read_text() == "precious"
+
+
+def test_an_overwrite_that_was_cut_short_leaves_a_run_that_can_be_overwritten(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    for removed in range(1, len(run_folder.CONTENTS)):
+        begin(path, overwrite=True)
+        save(path, 3, nn.Linear(3, 2))
+        with monkeypatch.context() as patch:
+            patch.setattr(run_folder, "CONTENTS", run_folder.CONTENTS[:removed])
+            folder(path, lr=1.0, overwrite=True)._remove_contents()
+        assert latest_checkpoint(path) is None
+        begin(path, lr=1.0)
+        begin(path, lr=2.0, overwrite=True)
 
 
 def test_a_resume_cuts_the_log_after_its_checkpoint_and_an_unstarted_run_may_change(tmp_path):

@@ -81,7 +81,10 @@ def test_a_resumed_run_is_the_same_run(tmp_path, data, discriminator, bottleneck
     }
     train_autoencoder(config(**changes), data=data, out=tmp_path / "whole", options=CPU)
     train_autoencoder(config(**changes | {"train__steps": 2}), data=data, out=tmp_path / "parts", options=CPU)
+    checkpoint = tmp_path / "parts" / "checkpoints" / "checkpoint-2"
+    before = checkpoint.stat().st_ino
     assert train_autoencoder(config(**changes), data=data, out=tmp_path / "parts", options=CPU)
+    assert checkpoint.stat().st_ino == before, "the copy that a run goes on from is left as it is"
     assert_equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
     logs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("whole", "parts")]
     without_time = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in log] for log in logs]

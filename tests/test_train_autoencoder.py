@@ -1,6 +1,7 @@
 """Starting stage one from another autoencoder, and what its configuration refuses before anything is read."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -42,6 +43,12 @@ def test_a_run_starts_from_another_and_resumes_without_going_back_to_it(tmp_path
             train_autoencoder(run, data=data, out=tmp_path / out, options=CPU)
     whole, parts = (load_autoencoder(tmp_path / name).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    shutil.rmtree(tmp_path / "first")  # what goes on, or is done, has no need of it
+    longer = config("ae-tiny", moving[0], f"{moving[1]}3")
+    assert train_autoencoder(longer, data=data, out=tmp_path / "whole", options=CPU)
+    assert not train_autoencoder(longer, data=data, out=tmp_path / "whole", options=CPU)
+    with pytest.raises(UsageError, match="first"):
+        train_autoencoder(longer, data=data, out=tmp_path / "new", options=CPU)
 
 
 def test_our_kl_autoencoder_starts_from_diffusers(tmp_path, data):
