@@ -36,6 +36,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in ``path``; empty where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def checkpoints(run: Path) -> list[Path]:
     """Return the run's complete checkpoints, oldest step first."""
     found = [(int(m[1]), p) for p in (run / "checkpoints").glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]

@@ -67,11 +67,13 @@ def claim(
                     yield piece
                 else:
                     left.append(piece)
+        undone: dict[Path, T] = {}
         if len(left) == len(waiting):
-            if not said:
-                tqdm.write("waiting for another process, which is at work on what is left", file=sys.stderr)
-                said = True
-            time.sleep(POLL_SECONDS)
-            undone = {lock(found): found for piece in left for found in needs(piece)}
-            left = list({**undone, **{lock(piece): piece for piece in left}}.values())
-        waiting = left
+            there = {lock(piece) for piece in left}
+            undone = {lock(found): found for piece in left for found in needs(piece) if lock(found) not in there}
+            if not undone:
+                if not said:
+                    tqdm.write("waiting for another process, which is at work on what is left", file=sys.stderr)
+                    said = True
+                time.sleep(POLL_SECONDS)
+        waiting = [*undone.values(), *left]

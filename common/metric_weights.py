@@ -190,7 +190,7 @@ def _read_torch_hub(source: WeightsSource) -> LoadedWeights | None:
         return None
     loaded = _from_standard(source, path, str(path))
     with suppress(OSError):  # they are there all the same where the cache cannot be written
-        return _write_cache(source, loaded)
+        _write_cache(source, loaded)
     return loaded
 
 

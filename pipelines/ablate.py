@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..common.checkpoints import read_json
 from ..common.errors import Diverged, UsageError
 from ..common.evaluation import Result
 from ..common.files import write_atomically
@@ -38,7 +39,6 @@ from .cells import (
 )
 from .evaluate import evaluate_reconstruction
 from .evaluation_files import RECONSTRUCTED_PLAINLY, measured_as
-from .report_runs import read_json
 from .run_config import AutoencoderRunConfig
 from .train_autoencoder import train_autoencoder
 

@@ -16,12 +16,12 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel
 
 from ..common import claims
+from ..common.checkpoints import read_json
 from ..common.config import merge, validate
 from ..common.errors import Diverged, Stopped, UsageError
 from ..common.files import write_atomically
 from ..common.run_folder import MAY_CHANGE
 from ..common.runtime import StopRequest
-from .report_runs import read_json
 
 C = TypeVar("C", bound=BaseModel)
 

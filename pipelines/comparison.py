@@ -17,8 +17,7 @@ NOT_COMPARABLE = "not comparable"
 IDENTITY = (
     "autoencoder.path", "autoencoder.fingerprint", "run", "guide", "model_sha256", "autoencoder_fingerprint", "samples",
     "reference", "notes", "ema", "ema_step", "guide_ema", "guide_step", "guide_sha256", "evaluations",
-    "library versions", "intervals",
-    "fid_extrapolated", "rfid_extrapolated", "fd_dinov2_extrapolated", "dinov2.source",
+    "library versions", "intervals", "fid_extrapolated", "rfid_extrapolated", "fd_dinov2_extrapolated", "dinov2.source",
 )  # fmt: skip
 """Fields that say what was measured, with which software or how surely, and do not define a figure."""
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ..common.checkpoints import read_json
 from .comparison import NOT_COMPARABLE, flatten, protocol_differences
-from .report_runs import Variant, read_json
+from .report_runs import Variant
 
 RECORD, PAGE = "health.json", "health.html"
 FOLDERS = ("latent-health", "health", ".")

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from ..common.checkpoints import read_json
 from ..common.config import parse_yaml
 from ..common.errors import UsageError, WavelatentError
 from ..stage1_autoencoder.autoencoder import Autoencoder
@@ -251,15 +252,6 @@ def _names(variants: Sequence[Variant]) -> list[str]:
 
 def _is_finite(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``; empty where there is none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

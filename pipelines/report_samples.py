@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.checkpoints import read_json
 from .report_metrics import protocol_of
 from .report_pictures import Picture, Pixels, last_grid, read_pixels, tile, untile
-from .report_runs import Run, Variant, read_json
+from .report_runs import Run, Variant
 from .sample_folder import MANIFEST, is_sample
 
 SAMPLES = 16

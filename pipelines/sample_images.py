@@ -187,7 +187,7 @@ class ImageSampler:
         by_seed = "uniform by seed" if self.model.num_classes else None
         return {
             "run": str(self.run.resolve()),
-            "model_sha256": weights_sha256(self.model),
+            "model_sha256": self._hashes[0],
             "autoencoder_fingerprint": self._inputs["autoencoder"]["fingerprint"],
             **options.protocol(),
             "evaluations": evaluations(options.sampling, self.model.objective),
@@ -196,7 +196,7 @@ class ImageSampler:
             "guide": None if options.guide is None else str(options.guide.resolve()),
             "guide_ema": None if options.guide is None else _width(options.guide, options.guide_ema),
             "guide_step": options.guide_step,
-            "guide_sha256": None if self.weaker is None else weights_sha256(self.weaker),
+            "guide_sha256": self._hashes[1],
             "guided_by": self._guided_by,
             "label": by_seed if options.label is None else options.label,
         }
@@ -207,10 +207,13 @@ class ImageSampler:
             return None
         return "its unconditional output" if self.weaker is None else "a weaker model"
 
+    @cached_property
+    def _hashes(self) -> tuple[str, str | None]:
+        return weights_sha256(self.model), None if self.weaker is None else weights_sha256(self.weaker)
+
     def identity(self) -> str:
         """Return the hashes of all weights that decide an image."""
-        models = [self.model, *([] if self.weaker is None else [self.weaker])]
-        return f"{' '.join(map(weights_sha256, models))} {self._inputs['autoencoder']['fingerprint']}"
+        return f"{self._hashes} {self._inputs['autoencoder']['fingerprint']}"
 
     def labels(self, seeds: Sequence[int]) -> Tensor | None:
         """Return the classes ``[len(seeds)]`` of the images of ``seeds``; None where the run has no classes."""

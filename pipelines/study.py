@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..common.checkpoints import write_json
+from ..common.checkpoints import read_json, write_json
 from ..common.config import dump_yaml, parse_yaml
 from ..common.distributed_features import by_main
 from ..common.errors import Diverged, UsageError, WavelatentError
@@ -39,7 +39,6 @@ from ..common.lpips_metric import MIN_SIZE as LPIPS_MIN_SIZE
 from ..common.metric_weights import MissingWeightsError, load_weights
 from ..common.runtime import RuntimeOptions, StopRequest, accelerated, utc_now
 from .cells import Cell, claim, take_shard
-from .report_runs import read_json
 from .study_cells import FINAL_STATES, StudyCell, Task, Workbench, cells_of_shard, make_study_cells, tasks_of
 from .study_config import StudyConfig
 from .study_data import StudyData, open_study_data, prepare_study_data

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..common.checkpoints import write_json
+from ..common.checkpoints import read_json, write_json
 from ..common.errors import Diverged
 from ..common.evaluation import Result
 from ..common.latent_cache import MANIFEST
@@ -35,7 +35,6 @@ from .encode import encode
 from .evaluate import evaluate_generation, evaluate_reconstruction
 from .evaluation_files import RECONSTRUCTED_PLAINLY, measured_as
 from .health_sections import choose_sections
-from .report_runs import read_json
 from .sample_images import SampleOptions
 from .sample_sources import describe_seeds
 from .study_config import StudyConfig

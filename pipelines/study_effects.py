@@ -128,7 +128,7 @@ class MetricTable:
             spread: ``pooled`` or ``paired``, of :class:`~.study_config.RuleConfig`.
             level: probability with which the second interval leaves the effect out.
         """
-        distinct = {tuple(self.rows[self.names.index(name)] for name in names) for names in contexts}
+        distinct = dict.fromkeys(tuple(self.rows[self.names.index(name)] for name in names) for names in contexts)
         vector = np.zeros(len(self.names))
         for rows in distinct:
             for row, sign in zip(rows, signs, strict=True):

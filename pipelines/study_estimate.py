@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from ..common.checkpoints import read_json
 from ..common.metric_weights import MissingWeightsError
 from ..stage1_autoencoder.bottlenecks import KLPenaltyConfig
 from ..stage2_diffusion.generation import evaluations
-from .report_runs import read_json
 from .study_cells import Task, Workbench, encoding_seconds
 from .study_networks import Networks
 from .study_results import last_logged

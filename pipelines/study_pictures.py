@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.checkpoints import read_json
 from ..common.errors import UsageError, WavelatentError
 from ..common.latent_cache import MANIFEST as LATENTS_MANIFEST
 from ..common.latent_cache import LatentCache
@@ -23,7 +24,7 @@ from . import report_runs
 from .report_figures import TITLES, Figure
 from .report_health import FOLDERS, RECORD
 from .report_latents import draw_latents
-from .report_runs import Run, read_json
+from .report_runs import Run
 from .sample_folder import MANIFEST, SampleWriter
 from .sample_images import ImageSampler, SampleOptions
 from .study_config import StudyEvaluationConfig

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from ..common.checkpoints import read_json
 from ..common.evaluation import Result
 from ..common.images import ImageData
-from .report_runs import read_json
 from .sample_sources import describe_seeds
 from .study_cells import FINAL_STATES, StudyCell, Task, Workbench, encoding_seconds
 from .study_config import StudyConfig

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..common.checkpoints import latest_checkpoint
+from ..common.checkpoints import latest_checkpoint, read_json
 from ..common.errors import UsageError
 from ..common.images import ImageData
 from ..common.run_folder import RunFolder
@@ -18,7 +18,6 @@ from ..stage1_autoencoder.kl_vae import KLEncoderConfig
 from ..stage1_autoencoder.pretrained import resolve_pretrained
 from ..stage1_autoencoder.trainer import AutoencoderTrainer
 from .loading import DIFFUSERS, load_autoencoder
-from .report_runs import read_json
 from .run_config import AutoencoderRunConfig
 
 if TYPE_CHECKING:

@@ -227,7 +227,13 @@ def test_an_explicit_folder_goes_before_everything(machine, server, stand_ins, m
         load_weights("vgg")
 
 
-def test_torch_hubs_own_folder_is_used(machine, server, stand_ins, tmp_path):
+@pytest.mark.parametrize("writable", [True, False])
+def test_torch_hubs_own_folder_is_used(machine, server, stand_ins, tmp_path, monkeypatch, writable):
+    def write_atomically(path: Path, content: bytes) -> None:
+        raise OSError(30, "Read-only file system")
+
+    if not writable:
+        monkeypatch.setattr(metric_weights, "write_atomically", write_atomically)
     hub = tmp_path / "torch" / "hub" / "checkpoints"
     hub.mkdir(parents=True)
     (hub / "vgg-file.pth").write_bytes((server.folder / "models/vgg-file.pth").read_bytes())

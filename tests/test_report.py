@@ -27,7 +27,7 @@ from PIL import Image
 from wavelatent.common.errors import UsageError
 from wavelatent.pipelines import report_runs
 from wavelatent.pipelines.report import report
-from wavelatent.pipelines.report_health import health_of, health_rows
+from wavelatent.pipelines.report_health import Health, health_link, health_of, health_rows
 from wavelatent.pipelines.report_latents import distinct_latents, latents_of
 from wavelatent.pipelines.report_metrics import metric_rows
 from wavelatent.pipelines.report_paths import hide_paths, shorten
@@ -193,6 +193,11 @@ def test_folders_of_samples_are_shown_side_by_side(two: tuple[Path, Path], tmp_p
     write(guided / "samples.json", {"run": str(tmp_path / "gone")})
     with pytest.raises(UsageError, match="gone, which is not there"):
         read_variants([guided])
+
+
+def test_a_link_leads_to_a_folder_of_any_name(tmp_path: Path) -> None:
+    page = tmp_path / "lr 1e-3 #2?" / "health.html"
+    assert health_link(Health({}, page=page), tmp_path / "report") == "../lr%201e-3%20%232%3F/health.html"
 
 
 def test_faults_of_the_latents_stand_first_and_link_to_their_page(two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from wavelatent.common.config import load_config
 from wavelatent.common.errors import UsageError
 from wavelatent.common.images import open_data
 from wavelatent.common.runtime import RuntimeOptions
+from wavelatent.pipelines import train_autoencoder as train_autoencoder_module
 from wavelatent.pipelines.loading import load_autoencoder
 from wavelatent.pipelines.run_config import AutoencoderRunConfig
 from wavelatent.pipelines.train_autoencoder import train_autoencoder
@@ -68,6 +69,15 @@ def test_our_kl_autoencoder_starts_from_diffusers(tmp_path, data):
     with torch.no_grad():
         mean = load_autoencoder(tmp_path / "run").encode(images).mean
         torch.testing.assert_close(mean, model.encode(images).latent_dist.mean, rtol=0, atol=1e-5)
+
+
+def test_out_of_memory_is_not_put_down_to_the_size_of_the_images(tmp_path, data, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_autoencoder_module, "AutoencoderTrainer", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_autoencoder(config("ae-tiny"), data=data, out=tmp_path / "run", options=CPU)
 
 
 def test_a_start_of_another_architecture_is_refused_by_name(tmp_path, data):
