@@ -23,7 +23,7 @@ COLOURS = (
     "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
 )  # fmt: skip
 """Petroff's ten (2021, arXiv 2107.02270), chosen to be told apart by the colour-blind too."""
-MARKERS = "os^DvP<X>*"
+MARKERS = "os^DvP<X>p"
 BETTER, WORSE, OPEN = COLOURS[0], COLOURS[2], "0.45"
 WIDTH = 4.6
 """Of a plot in inches, as in the health report: a telephone shows it at about this size."""

@@ -1,0 +1,115 @@
+"""The committed study: its results follow from its measurements, and the README says of them what they say."""
+
+import json
+import runpy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wavelatent.common.config import PRESETS, parse_yaml
+from wavelatent.pipelines.study_analysis import analyse
+from wavelatent.pipelines.study_config import StudyConfig
+from wavelatent.pipelines.study_design import make_variants
+from wavelatent.pipelines.study_findings import Analysis
+from wavelatent.pipelines.study_markdown import verdict_table
+from wavelatent.pipelines.study_records import CellRecord
+from wavelatent.pipelines.study_text import AT_THIS_SCALE
+
+ROOT = PRESETS.parent.parent
+FOLDER = ROOT / "results" / "study-faces32"
+CELLS = FOLDER / "cells"
+EVALUATIONS = (("autoencoder", "evaluation-reconstruction"), ("diffusion", "evaluation-generation"))
+
+
+@lru_cache
+def results() -> dict[str, Any]:
+    return json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
+
+
+@lru_cache
+def config() -> StudyConfig:
+    return StudyConfig.model_validate(results()["config"])
+
+
+@lru_cache
+def records() -> tuple[CellRecord, ...]:
+    return tuple(CellRecord(**cell) for cell in results()["cells"])
+
+
+@lru_cache
+def analysed_again() -> Analysis:
+    return analyse(config(), make_variants(config()), records())
+
+
+def alike(found: Any, stored: Any) -> bool:
+    """Whether both are the same but for rounding."""
+    if isinstance(stored, dict):
+        return found.keys() == stored.keys() and all(alike(found[key], stored[key]) for key in stored)
+    if isinstance(stored, list):
+        return len(found) == len(stored) and all(map(alike, found, stored))
+    if isinstance(stored, float):
+        return found == pytest.approx(stored, rel=1e-9, abs=1e-12)
+    return found == stored
+
+
+def test_every_cell_of_the_preset_is_there_and_finished():
+    wanted = {(variant.name, seed) for variant in make_variants(config()) for seed in config().seeds}
+    assert len(records()) == len(wanted) == 33
+    assert {(record.variant, record.seed) for record in records() if record.failed is None} == wanted
+    samples = {record.protocol["generation"]["num_samples"] for record in records()}
+    assert samples == {config().evaluation.num_samples} == {2000}
+
+
+def test_the_configuration_is_the_one_that_was_there_before_the_first_cell():
+    kept = CELLS / "config.yaml"
+    first = parse_yaml(kept.read_text(encoding="utf-8"), str(kept))
+    for name in ("train", "validation"):
+        first["data"][name] = Path(first["data"][name]).name  # PHOTOGRAPHS/train
+    assert first == results()["config"]
+    assert sorted(CELLS.glob("config*.yaml")) == [kept]
+    assert results()["setting"]["changed_since_the_first_start"] == []
+
+
+def test_figures_are_the_kept_measurements():
+    for record in records():
+        measured: dict[str, float] = {}
+        for stage, folder in EVALUATIONS:
+            path = CELLS / record.folders[stage] / folder / "metrics.json"
+            metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+            measured |= {name: value for name, value in metrics.items() if isinstance(value, float)}
+        assert {"kid_mean", "fid", "rfid", "lpips"} <= measured.keys()
+        assert {name: measured[name] for name in measured if name in record.metrics} == record.metrics
+
+
+def test_the_stored_analysis_is_what_its_cells_say():
+    again = json.loads(json.dumps(analysed_again().as_dict()))
+    for part, stored in results()["analysis"].items():
+        assert alike(again[part], stored), part
+
+
+def test_least_squares_on_the_kept_measurements_give_the_same_intervals():
+    recompute = runpy.run_path(str(FOLDER / "recompute.py"))
+    found = recompute["comparisons"]()
+    assert len(found) == sum(len(claim.comparisons) for claim in config().claims.values())
+    for comparison in found:
+        assert comparison.again == pytest.approx(comparison.stored, rel=1e-9), comparison.label
+    assert recompute["table"](found) in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_and_the_summary_show_the_verdicts():
+    table = verdict_table(config(), analysed_again(), records()).splitlines()
+    assert AT_THIS_SCALE in table[0]
+    assert len(table) == 2 + len(config().claims)
+    for page in (ROOT / "README.md", FOLDER / "README.md", FOLDER / "summary.md"):
+        lines = page.read_text(encoding="utf-8").splitlines()
+        assert table == lines[(start := lines.index(table[0])) : start + len(table)], page
+
+
+def test_the_published_page_shows_samples_and_no_photographs():
+    page = (FOLDER / "report.html").read_text(encoding="utf-8")
+    parts = {part.partition("</h2>")[0]: part for part in page.split("<h2>")}
+    assert results()["setting"]["photographs"] is False
+    assert parts["Samples"].count("<img") >= len(make_variants(config()))
+    assert "<img" not in parts["Reconstructions"]
