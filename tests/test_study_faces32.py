@@ -1,4 +1,4 @@
-"""The committed study: its results follow from its measurements, and the README says of them what they say."""
+"""The committed studies: their results follow from their measurements, and the READMEs say of them what they say."""
 
 import json
 import runpy
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from wavelatent.common.config import PRESETS, parse_yaml
+from wavelatent.common.config import PRESETS, load_config, parse_yaml
 from wavelatent.pipelines.study_analysis import analyse
 from wavelatent.pipelines.study_config import StudyConfig
 from wavelatent.pipelines.study_design import make_variants
@@ -19,28 +19,29 @@ from wavelatent.pipelines.study_text import AT_THIS_SCALE
 
 ROOT = PRESETS.parent.parent
 FOLDER = ROOT / "results" / "study-faces32"
+FOLLOW_UP = ROOT / "results" / "study-faces32-noise-shift"
 CELLS = FOLDER / "cells"
 EVALUATIONS = (("autoencoder", "evaluation-reconstruction"), ("diffusion", "evaluation-generation"))
 
 
 @lru_cache
-def results() -> dict[str, Any]:
-    return json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
+def results(folder: Path = FOLDER) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 @lru_cache
-def config() -> StudyConfig:
-    return StudyConfig.model_validate(results()["config"])
+def config(folder: Path = FOLDER) -> StudyConfig:
+    return StudyConfig.model_validate(results(folder)["config"])
 
 
 @lru_cache
-def records() -> tuple[CellRecord, ...]:
-    return tuple(CellRecord(**cell) for cell in results()["cells"])
+def records(folder: Path = FOLDER) -> tuple[CellRecord, ...]:
+    return tuple(CellRecord(**cell) for cell in results(folder)["cells"])
 
 
 @lru_cache
-def analysed_again() -> Analysis:
-    return analyse(config(), make_variants(config()), records())
+def analysed_again(folder: Path = FOLDER) -> Analysis:
+    return analyse(config(folder), make_variants(config(folder)), records(folder))
 
 
 def alike(found: Any, stored: Any) -> bool:
@@ -83,10 +84,21 @@ def test_figures_are_the_kept_measurements():
         assert {name: measured[name] for name in measured if name in record.metrics} == record.metrics
 
 
-def test_the_stored_analysis_is_what_its_cells_say():
-    again = json.loads(json.dumps(analysed_again().as_dict()))
-    for part, stored in results()["analysis"].items():
+@pytest.mark.parametrize("folder", [FOLDER, FOLLOW_UP], ids=lambda folder: folder.name)
+def test_the_stored_analysis_is_what_its_cells_say(folder):
+    again = json.loads(json.dumps(analysed_again(folder).as_dict()))
+    for part, stored in results(folder)["analysis"].items():
         assert alike(again[part], stored), part
+
+
+def test_the_follow_up_is_what_its_configuration_says_beside_cells_of_the_study():
+    given = load_config(StudyConfig, str(FOLLOW_UP / "config.yaml"), ["data.train=train", "data.validation=val"])
+    assert given == config(FOLLOW_UP)
+    assert len(records(FOLLOW_UP)) == len(make_variants(given)) * len(given.seeds)
+    metrics = {(record.variant, record.seed): record.metrics for record in records()}
+    for record in records(FOLLOW_UP):
+        if not record.variant.endswith("-shifted"):
+            assert record.metrics == metrics[record.variant, record.seed]
 
 
 def test_least_squares_on_the_kept_measurements_give_the_same_intervals():
@@ -98,18 +110,24 @@ def test_least_squares_on_the_kept_measurements_give_the_same_intervals():
     assert recompute["table"](found) in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_and_the_summary_show_the_verdicts():
-    table = verdict_table(config(), analysed_again(), records()).splitlines()
+@pytest.mark.parametrize(
+    ("folder", "pages"),
+    [(FOLDER, [ROOT, FOLDER]), (FOLLOW_UP, [FOLLOW_UP])],
+    ids=["study", "follow-up"],
+)
+def test_the_readmes_and_the_summary_show_the_verdicts(folder, pages):
+    table = verdict_table(config(folder), analysed_again(folder), records(folder)).splitlines()
     assert AT_THIS_SCALE in table[0]
-    assert len(table) == 2 + len(config().claims)
-    for page in (ROOT / "README.md", FOLDER / "README.md", FOLDER / "summary.md"):
+    assert len(table) == 2 + len(config(folder).claims)
+    for page in (*(place / "README.md" for place in pages), folder / "summary.md"):
         lines = page.read_text(encoding="utf-8").splitlines()
         assert table == lines[(start := lines.index(table[0])) : start + len(table)], page
 
 
-def test_the_published_page_shows_samples_and_no_photographs():
-    page = (FOLDER / "report.html").read_text(encoding="utf-8")
+@pytest.mark.parametrize("folder", [FOLDER, FOLLOW_UP], ids=lambda folder: folder.name)
+def test_the_published_pages_show_samples_and_no_photographs(folder):
+    page = (folder / "report.html").read_text(encoding="utf-8")
     parts = {part.partition("</h2>")[0]: part for part in page.split("<h2>")}
-    assert results()["setting"]["photographs"] is False
-    assert parts["Samples"].count("<img") >= len(make_variants(config()))
+    assert results(folder)["setting"]["photographs"] is False
+    assert parts["Samples"].count("<img") >= len(make_variants(config(folder)))
     assert "<img" not in parts["Reconstructions"]
