@@ -228,7 +228,8 @@ def _explain(model: type[BaseModel], data: Any, error: Any, source: str, set_by:
         valid = re.findall(r"'([^']+)'", error["ctx"]["expected_tags"])
         return f"{where}: {dotted}.kind: unknown kind {error['ctx']['tag']!r}{_nearest(error['ctx']['tag'], valid)}"
     if error["type"] == "union_tag_not_found":
-        return f"{where}: {dotted}: needs a kind"
+        kinds = [m.model_fields["kind"].default for m in _models_at(model, data, path) if "kind" in m.model_fields]
+        return f"{where}: {dotted}: needs a kind: give {dotted}.kind too, one of {', '.join(kinds)}"
     if error["type"] == "missing":
         return f"{where}: {dotted}: is required"
     message = error["msg"].removeprefix("Value error, ")
@@ -259,6 +260,11 @@ def _data_path(data: Any, loc: tuple[int | str, ...]) -> tuple[str, ...]:
 
 def _keys_at(model: type[BaseModel], data: Any, path: tuple[str, ...]) -> set[str]:
     """Return the keys that are valid at ``path``, following the ``kind`` that the data chose."""
+    return {name for m in _models_at(model, data, path) for name in m.model_fields}
+
+
+def _models_at(model: type[BaseModel], data: Any, path: tuple[str, ...]) -> list[type[BaseModel]]:
+    """Return what may stand at ``path``: the model of the ``kind`` that the data chose, or of every kind."""
     models: list[type[BaseModel]] = [model]
     for part in path:
         data = data.get(part) if isinstance(data, dict) else data[int(part)]
@@ -273,7 +279,7 @@ def _keys_at(model: type[BaseModel], data: Any, path: tuple[str, ...]) -> set[st
         kind = data.get("kind") if isinstance(data, dict) else None
         chosen = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == kind]
         models = chosen or models
-    return {name for m in models for name in m.model_fields}
+    return models
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -259,7 +259,7 @@ def predictor_table(predictors: Sequence[Predictor]) -> Table:
     """Return rank correlations with metrics of the samples, surest first."""
     rows = [
         [
-            METRICS[one.figure].label if one.figure in METRICS else one.figure.replace(".", ": ").replace("_", " "),
+            METRICS[one.figure].label if one.figure in METRICS else one.figure.replace(".", ": ", 1).replace("_", " "),
             METRICS[one.metric].label,
             signed(one.rho, 2),
             p_text(one.p),

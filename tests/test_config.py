@@ -70,6 +70,11 @@ def test_changing_the_kind_drops_the_former_kinds_settings(yaml_file):
         ("model: {chanels: 3}", [], ["run.yaml", "'model.chanels'", "did you mean 'channels'"]),
         ("{}", ["model.bottleneck.bond=3", "model.bottleneck.kind=bounded"], ["'model.bottleneck.bond'", "'bound'"]),
         ("model: {bottleneck: {kind: bouned}}", [], ["model.bottleneck.kind", "did you mean 'bounded'"]),
+        (
+            "{}",
+            ["model.bottleneck={bound: 3}"],
+            ["model.bottleneck: needs a kind: give model.bottleneck.kind", "bounded"],
+        ),
         ("{}", ["steps=many"], ["override 'steps=many'", "steps", "integer"]),
         ("model: {bottleneck: {kind: bounded, bound: wide}}", [], ["run.yaml: model.bottleneck.bound:", "number"]),
         ("{}", ["model.channels=0"], ["model.channels", "greater than or equal to 1"]),

@@ -224,7 +224,7 @@ def test_commands_resolve(page, tmp_path, monkeypatch):
     for words in found:
         take(cli.cli, words)
         if words[0] in CONFIGS:
-            load_config(CONFIGS[words[0]], words[1], [word for word in words[2:] if re.match(r"[a-z_.]+=", word)])
+            load_config(CONFIGS[words[0]], words[1], [word for word in words[2:] if re.match(r"[a-z_][\w.-]*=", word)])
 
 
 @pytest.mark.parametrize("page", [name for name, path in PAGES.items() if "`torchrun" in path.read_text("utf-8")])

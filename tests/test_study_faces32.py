@@ -73,12 +73,15 @@ def test_the_configuration_is_the_one_that_was_there_before_the_first_cell():
     assert results()["setting"]["changed_since_the_first_start"] == []
 
 
+def measured_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+
+
 def test_figures_are_the_kept_measurements():
     for record in records():
         measured: dict[str, float] = {}
         for stage, folder in EVALUATIONS:
-            path = CELLS / record.folders[stage] / folder / "metrics.json"
-            metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+            metrics = measured_in(CELLS / record.folders[stage] / folder)
             measured |= {name: value for name, value in metrics.items() if isinstance(value, float)}
         assert {"kid_mean", "fid", "rfid", "lpips"} <= measured.keys()
         assert {name: measured[name] for name in measured if name in record.metrics} == record.metrics
@@ -97,8 +100,21 @@ def test_the_follow_up_is_what_its_configuration_says_beside_cells_of_the_study(
     assert len(records(FOLLOW_UP)) == len(make_variants(given)) * len(given.seeds)
     metrics = {(record.variant, record.seed): record.metrics for record in records()}
     for record in records(FOLLOW_UP):
-        if not record.variant.endswith("-shifted"):
+        if record.variant.endswith("-shifted"):
+            measured = measured_in(FOLLOW_UP / "cells" / record.folders["diffusion"] / "evaluation-generation")
+            samples = {name: value for name, value in record.metrics.items() if name in measured}
+            assert {"kid_mean", "fid"} <= samples.keys()
+            assert samples == {name: measured[name] for name in samples}
+        else:
             assert record.metrics == metrics[record.variant, record.seed]
+
+
+def test_autoencoders_that_were_trained_again_measured_the_same():
+    again = sorted((FOLLOW_UP / "cells" / "autoencoders").iterdir())
+    assert len(again) == 4
+    for folder in again:
+        name = EVALUATIONS[0][1]
+        assert measured_in(folder / name) == measured_in(CELLS / "autoencoders" / folder.name / name)
 
 
 def test_least_squares_on_the_kept_measurements_give_the_same_intervals():
@@ -108,6 +124,12 @@ def test_least_squares_on_the_kept_measurements_give_the_same_intervals():
     for comparison in found:
         assert comparison.again == pytest.approx(comparison.stored, rel=1e-9), comparison.label
     assert recompute["table"](found) in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_figures_beside_the_report_are_what_its_cells_say(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    beside = runpy.run_path(str(FOLDER / "beside.py"))
+    assert beside["table"](beside["rows"]()) in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ from wavelatent.common.config import load_config
 from wavelatent.pipelines.study_config import StudyConfig
 from wavelatent.pipelines.study_design import Variant, make_variants
 from wavelatent.pipelines.study_effects import MetricTable
+from wavelatent.pipelines.study_findings import Predictor
 from wavelatent.pipelines.study_predictors import health_predictors, reconstructions_as_predictors
 from wavelatent.pipelines.study_records import CellRecord
 from wavelatent.pipelines.study_statistics import rank_correlations
+from wavelatent.pipelines.study_tables import predictor_table
 
 NAMES = "abcdefg"
 KID = dict(zip(NAMES, [0.02, 0.05, 0.03, 0.08, 0.01, 0.06, 0.04], strict=True))
@@ -97,3 +99,9 @@ def test_p_values_are_small_too_often_where_most_variants_are_of_one_kind(alike,
     least = np.abs(seen[p < 0.05]).min()
     assert least == pytest.approx(0.738, abs=0.001)  # the table's critical value at N = 8
     assert np.mean(np.abs(rho) > least - 1e-9) == pytest.approx(rate, abs=0.01)
+
+
+def test_a_decimal_point_in_the_name_of_a_figure_stays_one():
+    names = ["learnability.loss_sigma_0.2-1", "rfid"]
+    table = predictor_table([Predictor(name, "kid_mean", 0.5, 0.2, None, 8) for name in names])
+    assert [row[0] for row in table.rows] == ["learnability: loss sigma 0.2-1", "rFID"]

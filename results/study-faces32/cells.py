@@ -1,14 +1,14 @@
 """Keep what a study's folder says of its finished cells, small enough to be committed, or lay it out again.
 
-    wavelatent study ... --out OUT --dry-run --json | cells.py keep OUT PHOTOGRAPHS
-    cells.py lay-out OUT PHOTOGRAPHS
+    wavelatent study ... --out OUT --dry-run --json | cells.py keep OUT PHOTOGRAPHS [CELLS]
+    cells.py lay-out OUT PHOTOGRAPHS [CELLS]
 
-The first copies finished cells into ``cells/``, beside this script; the second copies that into OUT, where the same
-study takes them as finished. Kept are texts and the few samples that the report shows: the study's configuration and
-when it was first started, and of the cells configurations, logs, measurements, health reports and the manifests of
-latent caches, but no weights, latents or photographs. An autoencoder is kept once all of its cells are finished:
-without its weights no other could be trained on it. OUT and PHOTOGRAPHS, the folder of train/ and val/, stand in the
-files by name in place of their paths.
+The first copies finished cells into CELLS, by default ``cells/`` beside this script; the second copies that into OUT,
+where the same study takes them as finished. Kept are texts and the few samples that the report shows: the study's
+configuration and when it was first started, and of the cells configurations, logs, measurements, health reports and the
+manifests of latent caches, but no weights, latents or photographs. An autoencoder is kept once all of its cells are
+finished: without its weights no other could be trained on it. OUT and PHOTOGRAPHS, the folder of train/ and val/, stand
+in the files by name in place of their paths.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent / "cells"
+CELLS = Path(__file__).resolve().parent / "cells"
 OF_THE_STUDY = ("config*.yaml", "first-*.json")
 OF_A_RUN = (
     "config.yaml",
@@ -36,16 +36,16 @@ OF_A_RUN = (
 )
 
 
-def keep(out: Path, photographs: Path, cells: list[dict[str, str]]) -> None:
+def keep(out: Path, photographs: Path, to: Path, cells: list[dict[str, str]]) -> None:
     """Copy what is to be kept, of the cells whose autoencoder no unfinished one needs."""
     paths = {str(out): "OUT", str(photographs): "PHOTOGRAPHS", str(photographs.resolve()): "PHOTOGRAPHS"}
     for file in (found for pattern in OF_THE_STUDY for found in out.glob(pattern)):
-        copy(file, HERE / file.name, paths)
+        copy(file, to / file.name, paths)
     needed = {cell["autoencoder"] for cell in cells if cell["state"] not in ("finished", "failed")}
     kept = [cell for cell in cells if cell["autoencoder"] not in needed]
     for cell in kept:
         for file in files_of(cell, out):
-            copy(file, HERE / file.relative_to(out), paths)
+            copy(file, to / file.relative_to(out), paths)
     print(f"{len(kept)} of {len(cells)} cells are kept")
 
 
@@ -57,10 +57,10 @@ def files_of(cell: dict[str, str], out: Path) -> Iterator[Path]:
     yield from (out / "latents").glob(f"{Path(cell['autoencoder']).name}*/manifest.json")
 
 
-def lay_out(out: Path, photographs: Path) -> None:
+def lay_out(out: Path, photographs: Path, kept: Path) -> None:
     """Copy what was kept to where a study looks for it."""
-    for file in (path for path in HERE.rglob("*") if path.is_file()):
-        copy(file, out / file.relative_to(HERE), {"OUT": str(out), "PHOTOGRAPHS": str(photographs)})
+    for file in (path for path in kept.rglob("*") if path.is_file()):
+        copy(file, out / file.relative_to(kept), {"OUT": str(out), "PHOTOGRAPHS": str(photographs)})
 
 
 def copy(source: Path, to: Path, paths: dict[str, str]) -> None:
@@ -82,10 +82,11 @@ def copy(source: Path, to: Path, paths: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] not in ("keep", "lay-out"):
+    if len(sys.argv) not in (4, 5) or sys.argv[1] not in ("keep", "lay-out"):
         sys.exit(__doc__)
     what, *folders = sys.argv[1:]
-    places = (Path(folders[0]).resolve(), Path(folders[1]))  # the photographs as the study was given them
+    # The photographs are named as the study was given them.
+    places = (Path(folders[0]).resolve(), Path(folders[1]), Path(folders[2]) if len(folders) > 2 else CELLS)
     if what == "keep":
         keep(*places, json.load(sys.stdin)["cells"])
     else:

@@ -19,7 +19,11 @@ import numpy.typing as npt
 from scipy import stats
 
 HERE = Path(__file__).resolve().parent
-FILES = {"kid_mean": ("diffusion", "generation"), "rfid": ("autoencoder", "reconstruction")}
+FILES = {
+    "kid_mean": ("diffusion", "generation"),
+    "fid": ("diffusion", "generation"),
+    "rfid": ("autoencoder", "reconstruction"),
+}
 """By metric, whose measurement it is and which."""
 LABELS = {"kid_mean": "KID", "rfid": "rFID"}
 
@@ -50,16 +54,17 @@ def comparisons() -> list[Comparison]:
     found = []
     for effect in (part["effect"] for part in parts):
         metric, pairs = effect["metric"], effect["contexts"]
-        logarithms = {name: _logarithms(results["cells"], name, metric) for name in of}
+        logarithms = {name: logarithms_of(results["cells"], name, metric) for name in of}
         shared = any(of[one] == of[other] for one, other in pairs)
-        apart = None if shared else _interval(logarithms, first, pairs, level)
-        again = _interval(logarithms, list(of) if metric == "kid_mean" else first, pairs, level)
+        apart = None if shared else interval(logarithms, first, pairs, level)
+        again = interval(logarithms, list(of) if metric == "kid_mean" else first, pairs, level)
         label = f"{LABELS[metric]}, {' and '.join(' / '.join(pair) for pair in pairs)}"
         found.append(Comparison(label, Interval(*effect["simultaneous"]), again, apart))
     return found
 
 
-def _logarithms(cells: Sequence[dict[str, Any]], variant: str, metric: str) -> npt.NDArray[np.float64]:
+def logarithms_of(cells: Sequence[dict[str, Any]], variant: str, metric: str) -> npt.NDArray[np.float64]:
+    """Return the logarithms of a variant's metric, by seed, from its kept measurements."""
     stage, kind = FILES[metric]
     paths = [
         HERE / "cells" / cell["folders"][stage] / f"evaluation-{kind}" / "metrics.json"
@@ -69,7 +74,7 @@ def _logarithms(cells: Sequence[dict[str, Any]], variant: str, metric: str) -> n
     return np.log([json.loads(path.read_text(encoding="utf-8"))["metrics"][metric] for path in paths])
 
 
-def _interval(
+def interval(
     logarithms: dict[str, npt.NDArray[np.float64]], variants: Sequence[str], pairs: list[list[str]], level: float
 ) -> Interval:
     """Fit variant plus seed by least squares and return the mean difference's interval at ``1 - level``."""
@@ -90,12 +95,13 @@ def _interval(
 def table(rows: Sequence[Comparison]) -> str:
     """Return the Markdown table."""
     lines = ["| comparison | interval of the rule | from the eight autoencoders' first variants |", "|---|---|---|"]
-    lines += [f"| {row.label} | {_text(row.stored)} | {_text(row.by_autoencoder)} |" for row in rows]
+    lines += [f"| {row.label} | {text_of(row.stored)} | {text_of(row.by_autoencoder)} |" for row in rows]
     return "\n".join(lines)
 
 
-def _text(interval: Interval | None) -> str:
-    return "share their autoencoder" if interval is None else f"[{interval.low:.3f}, {interval.high:.3f}]"
+def text_of(bounds: Interval | None) -> str:
+    """Return an interval as a table shows it."""
+    return "share their autoencoder" if bounds is None else f"[{bounds.low:.3f}, {bounds.high:.3f}]"
 
 
 if __name__ == "__main__":
